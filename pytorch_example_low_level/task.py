@@ -1,0 +1,387 @@
+"""Model, data, training and testing: PyTorch and data sets, nothing of Flower's messages.
+
+Images are kept as `uint8` tensors, decoded once, and turned into floats a batch at a time.
+That is what makes a round cheap: decoding and transforming image by image costs more than
+the training itself.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pytorch_example_low_level.config import UserError
+
+if TYPE_CHECKING:
+    import datasets
+    from flwr_datasets import FederatedDataset
+
+StateDict = dict[str, Tensor]
+
+BUNDLED = "fashion-mnist-sample"
+VALIDATION_SHARE = 0.2  # of a node's images; the rest is for training
+TEST_SPLITS = ("test", "validation", "valid")  # the first that a data set has
+NATIVE_SIZES = ((28, 28), (32, 32))  # images of other sizes are resized to 32x32
+MIN_PARTITION = 5  # images: four to train, one to validate
+
+
+class DataError(UserError):
+    """A data set that cannot be used; the message says why and what can be."""
+
+
+# ---------------------------------------------------------------------------------- Model
+
+
+class Net(nn.Module):
+    """A small CNN: two 5x5 convolutions, two linear layers; 80,202 parameters for 28x28 grey.
+
+    Maps float images (N, in_channels, H, W), 28x28 or 32x32, to logits (N, num_classes).
+    """
+
+    def __init__(self, in_channels: int = 1, num_classes: int = 10) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, 16, 5)
+        self.conv2 = nn.Conv2d(16, 32, 5)
+        self.fc1 = nn.Linear(32 * 4 * 4, 128)
+        self.fc2 = nn.Linear(128, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits."""
+        # ReLU commutes with max-pooling, and has four times less to do behind it.
+        x = F.relu(F.max_pool2d(self.conv1(x), 2))
+        x = F.relu(F.max_pool2d(self.conv2(x), 2))
+        if x.shape[-2:] != (4, 4):  # 28x28 images give 4x4 by themselves, 32x32 give 5x5
+            x = F.adaptive_avg_pool2d(x, 4)
+        x = F.relu(self.fc1(x.flatten(1)))
+        logits: Tensor = self.fc2(x)
+        return logits
+
+    @property
+    def in_channels(self) -> int:
+        """1 for grey, 3 for RGB images."""
+        return self.conv1.in_channels
+
+    @classmethod
+    def initial(cls, in_channels: int, num_classes: int, seed: int) -> Net:
+        """Make a net with random weights that depend on `seed` alone."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return cls(in_channels, num_classes)
+
+    @classmethod
+    def from_state_dict(cls, state_dict: StateDict) -> Net:
+        """Make the net that `state_dict` belongs to: a node needs to be told nothing else.
+
+        Raises KeyError or RuntimeError when it belongs to another model.
+        """
+        net = cls(state_dict["conv1.weight"].shape[1], state_dict["fc2.bias"].shape[0])
+        net.load_state_dict(state_dict)
+        return net
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """Return the device called `name`; "auto" is the first of CUDA and CPU that is there.
+
+    Raises UserError when this machine does not have it.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"server-device: {name!r} is not usable on this machine ({reason}); allowed: 'auto', 'cpu'"
+        ) from error
+    return torch.device(name)
+
+
+# ----------------------------------------------------------------------------------- Data
+
+
+@dataclass(frozen=True)
+class Split:
+    """Decoded images (N, C, H, W) as uint8, and their labels (N,) as int64."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        """Return N."""
+        return len(self.labels)
+
+
+@lru_cache(maxsize=64)
+def load_partition(
+    part: str,
+    in_channels: int,
+    partition_id: int,
+    num_partitions: int,
+    dataset: str,
+    partitioner: str,
+    alpha: float,
+    seed: int,
+) -> Split:
+    """Load the "train" (80 %) or "validation" (20 %) part of one partition of a data set.
+
+    A process keeps the 64 parts that it used last. Where there are more nodes than that,
+    partitions are small; so about one copy of the training images is held at most.
+
+    Raises DataError when the data set cannot be loaded, or not be split that often.
+    """
+    with _explained(f"partition {partition_id} of {num_partitions} of dataset {dataset!r}"):
+        fds = federated_dataset(dataset, partitioner, num_partitions, alpha, seed)
+        return _decode(_take_part(fds.load_partition(partition_id), part, seed, partition_id), in_channels)
+
+
+@lru_cache(maxsize=4)
+def load_folder(part: str, in_channels: int, path: str, partition_id: int, seed: int) -> Split:
+    """Load the "train" or "validation" part of a node's own data (`Dataset.save_to_disk`).
+
+    Raises DataError when the folder does not hold an image-classification data set.
+    """
+    import datasets
+
+    with _explained(f"data-path {path!r}"):
+        rows = datasets.load_from_disk(path)
+        splits = rows if isinstance(rows, datasets.DatasetDict) else datasets.DatasetDict(train=rows)
+        return _decode(_take_part(_canonical(splits)["train"], part, seed, partition_id), in_channels)
+
+
+def load_test_split(dataset: str) -> tuple[Split, int]:
+    """Load the images for the central evaluation, and the number of classes.
+
+    They stay grey where all of them are; else all become RGB. Raises DataError.
+    """
+    with _explained(f"dataset {dataset!r}"):
+        fds = federated_dataset(dataset)
+        rows = None
+        for name in TEST_SPLITS:
+            try:
+                rows = fds.load_split(name)
+                break
+            except ValueError as error:
+                missing = error
+        if rows is None:
+            raise DataError(f"there is no split {' or '.join(TEST_SPLITS)}: {missing}")
+        return _decode(rows), rows.features["label"].num_classes
+
+
+@lru_cache(maxsize=1)  # one a process: to make it and to partition it takes seconds
+def federated_dataset(
+    dataset: str,
+    partitioner: str = "iid",
+    num_partitions: int = 1,
+    alpha: float = 1.0,
+    seed: int = 0,
+) -> FederatedDataset:
+    """Return flwr-datasets' view of a data set: "train" in partitions, columns "image", "label".
+
+    https://flower.ai/docs/datasets/ref-api/flwr_datasets.FederatedDataset.html
+    """
+    import datasets
+    from flwr_datasets import FederatedDataset
+    from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner
+
+    datasets.disable_progress_bars()
+    partition = (
+        IidPartitioner(num_partitions)
+        if partitioner == "iid"
+        # Label skew after Hsu et al. 2019, "Measuring the effects of non-identical data
+        # distribution for federated visual classification" (arXiv:1909.06335).
+        else DirichletPartitioner(
+            num_partitions, partition_by="label", alpha=alpha, seed=seed, min_partition_size=MIN_PARTITION
+        )
+    )
+    return FederatedDataset(
+        dataset=_locate(dataset),
+        partitioners={"train": partition},
+        # IID shards are cut from the rows as they lie, so these must be shuffled before;
+        # the Dirichlet partitioner draws its rows itself.
+        shuffle=partitioner == "iid",
+        seed=seed,
+        preprocessor=_canonical,
+    )
+
+
+def _locate(dataset: str) -> str:
+    """Return the folder or the Hub's name that `dataset` stands for."""
+    if dataset == BUNDLED:
+        spec = find_spec("fashion_mnist_sample")
+        folder = Path(spec.origin).parent if spec and spec.origin else None
+        if folder is None or not (folder / "data").is_dir():
+            raise DataError("the bundled images are not installed: run `pip install .` in the app's folder")
+        return str(folder)
+    path = Path(dataset).expanduser()
+    if path.is_dir():
+        return str(path.resolve())
+    if dataset.startswith(("/", ".", "~")):
+        raise DataError(f"there is no folder {path.absolute()}")
+    return dataset
+
+
+def _canonical(splits: datasets.DatasetDict) -> datasets.DatasetDict:
+    """Find the image and the label column by their types; call them "image" and "label"."""
+    import datasets
+
+    features = next(iter(splits.values())).features
+    image = next((k for k, f in features.items() if isinstance(f, datasets.Image)), None)
+    label = next((k for k, f in features.items() if isinstance(f, datasets.ClassLabel)), None)
+    if image is None or label is None:
+        missing = "Image" if image is None else "ClassLabel"
+        raise DataError(f"no column of type {missing}; the columns are {dict(features)}")
+    splits = splits.select_columns([image, label])
+    splits = splits.rename_columns({old: new for old, new in ((image, "image"), (label, "label")) if old != new})
+    # Arrow columns become NumPy arrays forty times as fast as Python lists, which is most
+    # of the time that a Dirichlet partitioning takes.
+    return splits.with_format("arrow")
+
+
+def _take_part(rows: datasets.Dataset, part: str, seed: int, partition_id: int) -> datasets.Dataset:
+    """Choose the rows of the "train" or the "validation" part, at random but always the same."""
+    order = np.random.default_rng((seed, partition_id)).permutation(len(rows))
+    cut = int(len(rows) * VALIDATION_SHARE)
+    return rows.select(order[cut:] if part == "train" else order[:cut])
+
+
+def _decode(rows: datasets.Dataset, in_channels: int | None = None) -> Split:
+    """Decode all images, into `in_channels` channels (None: 1 if all are grey, else 3).
+
+    Raises DataError for a label that is missing.
+    """
+    columns = rows.with_format(None)[:]
+    images, labels = columns["image"], np.asarray(columns["label"], dtype=np.float64)
+    if np.isnan(labels).any() or (labels < 0).any():
+        raise DataError("some images have no label")
+    if not images:
+        return Split(torch.empty(0, in_channels or 1, 28, 28, dtype=torch.uint8), torch.empty(0, dtype=torch.int64))
+    if in_channels is None:
+        in_channels = 1 if all(image.mode == "L" for image in images) else 3
+    images = [image.convert("L" if in_channels == 1 else "RGB") for image in images]
+    sizes = {image.size for image in images}
+    if len(sizes) > 1 or not sizes <= set(NATIVE_SIZES):
+        from torchvision.transforms.v2.functional import resize  # slow to import, seldom needed
+
+        images = [resize(image, [32, 32], antialias=True) for image in images]
+    pixels = np.stack([np.asarray(image) for image in images])
+    pixels = pixels[:, None] if in_channels == 1 else pixels.transpose(0, 3, 1, 2)
+    return Split(torch.from_numpy(np.ascontiguousarray(pixels)), torch.from_numpy(labels.astype(np.int64)))
+
+
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Turn whatever goes wrong with `what` into one DataError that says what is allowed."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # retries of the partitioner: noise, or an error below
+            yield
+    except Exception as error:
+        reason = str(error).strip() or type(error).__name__
+        raise DataError(
+            f"Cannot use {what}: {reason}\nAllowed: dataset={BUNDLED!r} (bundled, needs no network), the "
+            "absolute path of a folder that datasets.load_dataset can read, or the name of an "
+            "image-classification data set on the Hugging Face Hub (needs network)."
+        ) from error
+
+
+# ------------------------------------------------------------------- Training and testing
+
+
+def train(
+    net: nn.Module,
+    data: Split,
+    *,
+    epochs: int,
+    batch_size: int,
+    lr: float,
+    momentum: float,
+    augment: bool,
+    seed: int,
+    device: torch.device,
+    overdue: Callable[[], bool] = lambda: False,
+) -> float:
+    """Train `net` in place with SGD; return the mean loss over all examples and epochs.
+
+    Shuffling and augmentation derive from `seed`. Raises DataError when there are no images,
+    TimeoutError as soon as `overdue()` says that nobody waits for the result any more.
+    """
+    if not len(data):
+        raise DataError("the training split is empty")
+    generator = torch.Generator().manual_seed(seed)
+    net.to(device, memory_format=torch.channels_last).train()
+    images, labels = data.images.to(device), data.labels.to(device)
+    # A fused step updates all parameters in one kernel instead of three for each of them.
+    optimizer = torch.optim.SGD(net.parameters(), lr=lr, momentum=momentum, fused=True)
+    total_loss = torch.zeros((), dtype=torch.float64, device=device)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)  # for layers that draw from the global state, such as Dropout
+        for _ in range(epochs):
+            for rows in torch.randperm(len(data), generator=generator).split(batch_size):
+                if overdue():
+                    raise TimeoutError("training went on past the deadline of its message")
+                batch = images[rows.to(device)]
+                if augment:
+                    batch = random_crop_and_flip(batch, generator)
+                target = labels[rows.to(device)]
+                optimizer.zero_grad()
+                loss = F.cross_entropy(net(normalise(batch)), target)
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                total_loss += loss.detach().double() * len(rows)  # the last batch may be short
+    return total_loss.item() / (len(data) * epochs)
+
+
+@torch.inference_mode()
+def test(net: nn.Module, data: Split, device: torch.device, batch_size: int = 500) -> tuple[float, float]:
+    """Return the exact mean loss and the accuracy of `net` on `data`.
+
+    Batches are large since nothing is learnt from them. Raises DataError without images.
+    """
+    if not len(data):
+        raise DataError("the split to evaluate on is empty")
+    net.to(device, memory_format=torch.channels_last).eval()
+    loss = torch.zeros((), dtype=torch.float64, device=device)
+    correct = torch.zeros((), dtype=torch.int64, device=device)
+    for images, labels in zip(data.images.split(batch_size), data.labels.split(batch_size), strict=True):
+        target = labels.to(device)
+        logits = net(normalise(images.to(device)))
+        loss += F.cross_entropy(logits, target, reduction="none").double().sum()
+        correct += (logits.argmax(1) == target).sum()
+    return loss.item() / len(data), correct.item() / len(data)
+
+
+def normalise(images: Tensor) -> Tensor:
+    """Turn uint8 images (N, C, H, W) into floats in [-1, 1].
+
+    In the memory format channels_last, with which convolutions and pooling on a CPU take
+    about half the time: https://docs.pytorch.org/tutorials/intermediate/memory_format_tutorial.html
+    """
+    floats = images.to(torch.float32, memory_format=torch.channels_last)
+    return floats.div_(127.5).sub_(1.0)
+
+
+def random_crop_and_flip(images: Tensor, generator: torch.Generator, padding: int = 4) -> Tensor:
+    """Shift each image (N, C, H, W) by up to `padding` pixels, and mirror half of them.
+
+    What is shifted in is black. One gather moves the whole batch.
+    """
+    n, _, height, width = images.shape
+    shift = torch.randint(0, 2 * padding + 1, (2, n, 1), generator=generator)
+    flip = torch.randint(0, 2, (n, 1), generator=generator).bool()
+    columns = torch.arange(width).expand(n, width)
+    columns = torch.where(flip, columns.flip(1), columns) + shift[1]
+    rows = torch.arange(height) + shift[0]
+    padded = F.pad(images, (padding,) * 4)
+    index = (torch.arange(n)[:, None, None], slice(None), rows[:, :, None], columns[:, None, :])
+    return padded[index].permute(0, 3, 1, 2)  # the slice between index tensors goes last
