@@ -26,10 +26,10 @@ def train(msg: Message, context: Context) -> Message:
     if is_overdue(msg):
         return too_late(msg)
     config = RunConfig.from_context(context)
-    instructions = msg.content["config"]
-    net = task.Net.from_state_dict(msg.content["arrays"].to_torch_state_dict())
+    server_round, lr = read_instructions(msg, "server-round", "lr")
+    net = task.Net.from_state_dict(msg.content.array_records["arrays"].to_torch_state_dict())
     data = local_split("train", net.in_channels, config, context)
-    stream = random_stream(config.seed, Purpose.TRAIN, instructions["server-round"], partition_of(context))
+    stream = random_stream(config.seed, Purpose.TRAIN, int(server_round), partition_of(context))
     use_one_thread()
 
     try:
@@ -38,7 +38,7 @@ def train(msg: Message, context: Context) -> Message:
             data,
             epochs=config.local_epochs,
             batch_size=config.batch_size,
-            lr=instructions.get("lr", config.learning_rate),
+            lr=lr,
             momentum=config.momentum,
             augment=config.augment,
             seed=int(stream.integers(2**63)),
@@ -60,7 +60,7 @@ def evaluate(msg: Message, context: Context) -> Message:
     if is_overdue(msg):
         return too_late(msg)
     config = RunConfig.from_context(context)
-    net = task.Net.from_state_dict(msg.content["arrays"].to_torch_state_dict())
+    net = task.Net.from_state_dict(msg.content.array_records["arrays"].to_torch_state_dict())
     data = local_split("validation", net.in_channels, config, context)
     use_one_thread()
 
@@ -78,9 +78,9 @@ def query(msg: Message, context: Context) -> Message:
     decides, and how long they think makes some of them miss the deadline.
     """
     config = RunConfig.from_context(context)
-    instructions = msg.content["config"]
-    stream = random_stream(config.seed, Purpose.QUERY, instructions["server-round"], partition_of(context))
-    delay = stream.random() * instructions["max-delay"]
+    server_round, max_delay = read_instructions(msg, "server-round", "max-delay")
+    stream = random_stream(config.seed, Purpose.QUERY, int(server_round), partition_of(context))
+    delay = stream.random() * max_delay
     opt_in = bool(stream.random() < config.opt_in_probability)
 
     # In a simulation a sleeping node keeps a worker from others. Nobody reads an answer that
@@ -91,6 +91,15 @@ def query(msg: Message, context: Context) -> Message:
     if "partition-id" in context.node_config:
         answer["partition-id"] = partition_of(context)
     return Message(RecordDict({"config": answer}), reply_to=msg)
+
+
+def read_instructions(msg: Message, *names: str) -> list[float]:
+    """Return numbers of the message's `config`. Raises ValueError that names what is missing."""
+    instructions = msg.content.config_records["config"]
+    values = [instructions.get(name) for name in names]
+    if not all(isinstance(value, int | float) for value in values):
+        raise ValueError(f"the message's config needs the numbers {names}, it is {dict(instructions)}")
+    return [float(value) for value in values]  # type: ignore[arg-type]
 
 
 def local_split(part: str, in_channels: int, config: RunConfig, context: Context) -> task.Split:

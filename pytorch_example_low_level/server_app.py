@@ -88,6 +88,7 @@ def main(grid: Grid, context: Context) -> None:
             cohort = sample_cohort(nodes, config, server_round)
             log(INFO, "Sampled %s out of %s nodes.", len(cohort), len(nodes))
             row |= {"nodes_available": len(nodes), "train_sampled": len(cohort)}
+            stopwatch.lap()  # waiting for nodes is no part of TRAIN
 
             # --- 1. TRAIN, and 2. aggregate: each model is added as soon as its turn comes
             state.model, outcome = train(mailbox, cohort, state.model, lr, server_round, config)
@@ -182,13 +183,16 @@ def call_roll(mailbox: Mailbox, node_ids: Iterable[int], timeout: float, roll: d
     log(INFO, "Calling the roll of %s nodes ...", len(nodes))
     content = RecordDict({"config": ConfigRecord({"server-round": 0, "max-delay": 0.0})})
     batch = mailbox.push(nodes, MessageType.QUERY, content, 0, timeout)
+    told = 0
     for node, reply in mailbox.collect(batch):
         answer = reply.content.get("config") if reply is not None and reply.has_content() else None
         partition = answer.get("partition-id") if isinstance(answer, ConfigRecord) else None
-        told = type(partition) is int and 0 <= partition < MAX_PARTITION
-        roll[node.node_id] = Node(partition, node.node_id) if told else node
-    named = sum(roll[node.node_id].key != node.node_id for node in nodes)
-    log(INFO, "%s of %s nodes told their partition.", named, len(nodes))
+        if isinstance(partition, int) and 0 <= partition < MAX_PARTITION:
+            told += 1
+            roll[node.node_id] = Node(int(partition), node.node_id)
+        else:
+            roll[node.node_id] = node
+    log(INFO, "%s of %s nodes told their partition.", told, len(nodes))
     if len(roll) == 2:
         log(INFO, "Two nodes are Flower's default. To simulate 50, add to `flwr run . --stream`:")
         log(INFO, '    --federation-config "num-supernodes=50 client-resources-num-cpus=1"')

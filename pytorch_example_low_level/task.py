@@ -180,35 +180,32 @@ def load_test_split(dataset: str) -> tuple[Split, int]:
 
 @lru_cache(maxsize=1)  # one a process: to make it and to partition it takes seconds
 def federated_dataset(
-    dataset: str,
-    partitioner: str = "iid",
-    num_partitions: int = 1,
-    alpha: float = 1.0,
-    seed: int = 0,
+    dataset: str, partitioner: str = "", num_partitions: int = 1, alpha: float = 1.0, seed: int = 0
 ) -> FederatedDataset:
     """Return flwr-datasets' view of a data set: "train" in partitions, columns "image", "label".
 
+    Without a partitioner only whole splits can be loaded, with their rows as they lie.
     https://flower.ai/docs/datasets/ref-api/flwr_datasets.FederatedDataset.html
     """
     import datasets
     from flwr_datasets import FederatedDataset
-    from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner
+    from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner, Partitioner
 
     datasets.disable_progress_bars()
-    partition = (
-        IidPartitioner(num_partitions)
-        if partitioner == "iid"
+    partitioners: dict[str, Partitioner] = {}
+    if partitioner == "iid":
+        partitioners["train"] = IidPartitioner(num_partitions)
+    elif partitioner == "dirichlet":
         # Label skew after Hsu et al. 2019, "Measuring the effects of non-identical data
         # distribution for federated visual classification" (arXiv:1909.06335).
-        else DirichletPartitioner(
+        partitioners["train"] = DirichletPartitioner(
             num_partitions, partition_by="label", alpha=alpha, seed=seed, min_partition_size=MIN_PARTITION
         )
-    )
     return FederatedDataset(
         dataset=_locate(dataset),
-        partitioners={"train": partition},
-        # IID shards are cut from the rows as they lie, so these must be shuffled before;
-        # the Dirichlet partitioner draws its rows itself.
+        partitioners=partitioners,
+        # IID partitions are cut from the rows as they lie, which may be sorted by label; the
+        # Dirichlet partitioner draws its rows itself.
         shuffle=partitioner == "iid",
         seed=seed,
         preprocessor=_canonical,
@@ -319,7 +316,7 @@ def train(
     if not len(data):
         raise DataError("the training split is empty")
     generator = torch.Generator().manual_seed(seed)
-    net.to(device, memory_format=torch.channels_last).train()
+    net.to(device).to(memory_format=torch.channels_last).train()
     images, labels = data.images.to(device), data.labels.to(device)
     # A fused step updates all parameters in one kernel instead of three for each of them.
     optimizer = torch.optim.SGD(net.parameters(), lr=lr, momentum=momentum, fused=True)
@@ -327,15 +324,14 @@ def train(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)  # for layers that draw from the global state, such as Dropout
         for _ in range(epochs):
-            for rows in torch.randperm(len(data), generator=generator).split(batch_size):
+            order = torch.randperm(len(data), generator=generator).to(device)
+            for start in range(0, len(data), batch_size):
                 if overdue():
                     raise TimeoutError("training went on past the deadline of its message")
-                batch = images[rows.to(device)]
-                if augment:
-                    batch = random_crop_and_flip(batch, generator)
-                target = labels[rows.to(device)]
+                rows = order[start : start + batch_size]
+                batch = random_crop_and_flip(images[rows], generator) if augment else images[rows]
                 optimizer.zero_grad()
-                loss = F.cross_entropy(net(normalise(batch)), target)
+                loss = F.cross_entropy(net(normalise(batch)), labels[rows])
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 total_loss += loss.detach().double() * len(rows)  # the last batch may be short
@@ -350,12 +346,13 @@ def test(net: nn.Module, data: Split, device: torch.device, batch_size: int = 50
     """
     if not len(data):
         raise DataError("the split to evaluate on is empty")
-    net.to(device, memory_format=torch.channels_last).eval()
+    net.to(device).to(memory_format=torch.channels_last).eval()
     loss = torch.zeros((), dtype=torch.float64, device=device)
     correct = torch.zeros((), dtype=torch.int64, device=device)
-    for images, labels in zip(data.images.split(batch_size), data.labels.split(batch_size), strict=True):
-        target = labels.to(device)
-        logits = net(normalise(images.to(device)))
+    for start in range(0, len(data), batch_size):
+        rows = slice(start, start + batch_size)
+        target = data.labels[rows].to(device)
+        logits = net(normalise(data.images[rows].to(device)))
         loss += F.cross_entropy(logits, target, reduction="none").double().sum()
         correct += (logits.argmax(1) == target).sum()
     return loss.item() / len(data), correct.item() / len(data)

@@ -17,8 +17,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
 from enum import IntEnum
-from itertools import count
 from importlib.metadata import version
+from itertools import count
 from logging import INFO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
@@ -405,10 +405,10 @@ def start_wandb(config: RunConfig, directory: RunDirectory, state: ServerState) 
     except (wandb.errors.UsageError, wandb.errors.CommError) as error:
         log(INFO, "📈 W&B cannot go online: %s", str(error).splitlines()[0])
         run = init("offline")
-    if run.url:
-        log(INFO, "📈 W&B: %s", run.url)
-    else:
+    if run.offline:
         log(INFO, "📈 W&B is offline. To upload this run later: wandb sync %s", Path(run.dir).parent)
+    else:
+        log(INFO, "📈 W&B: %s", run.url)
     state.wandb_id = run.id
     run.define_metric("*", step_metric="round")
     for name in ("centralized", "federated_evaluate"):  # so that the table of runs shows the best

@@ -1,0 +1,1 @@
+"""Measurements: performance as ratios within one run, and learning results over seeds."""

@@ -1,0 +1,1 @@
+"""Running the app on the Deployment Engine."""

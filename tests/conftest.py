@@ -1,0 +1,85 @@
+"""What the tests share: a small data set of real images, and the app on an in-process Grid."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+# Before Hugging Face's libraries are imported: nothing of the user's, and no network.
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf-")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
+os.environ["WANDB_MODE"] = "offline"
+
+import pytest
+import torch
+
+from pytorch_example_low_level import client_app, server_app, task
+from tests.grid import InProcessGrid, make_context, run_config
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_dataset(tmp_path_factory) -> str:
+    """120 images to train and 40 to test, of Fashion-MNIST's ten classes."""
+    import datasets
+
+    folder = tmp_path_factory.mktemp("tiny")
+    bundled = datasets.load_dataset(task._locate(task.BUNDLED))
+    for split, count in (("train", 120), ("test", 40)):
+        bundled[split].shuffle(seed=0).select(range(count)).to_parquet(folder / "data" / f"{split}.parquet")
+    return str(folder)
+
+
+class App:
+    """The whole app with a tiny data set: its configuration, its Grid and what a run leaves."""
+
+    def __init__(self, dataset: str, output_dir: Path) -> None:
+        self.defaults = {
+            "dataset": dataset,
+            "output_dir": str(output_dir),
+            "partitioner": "iid",
+            "num_server_rounds": 2,
+            "fraction_clients_train": 0.6,
+            "query_max_delay": 0.0,
+            "use_wandb": False,
+            "server_device": "cpu",
+        }
+        self.num_nodes = 5
+
+    def config(self, **overrides) -> dict:
+        return run_config(**(self.defaults | overrides))
+
+    def grid(self, seed: int = 0, num_nodes: int | None = None, **overrides) -> InProcessGrid:
+        nodes = self.num_nodes if num_nodes is None else num_nodes
+        return InProcessGrid(client_app.app, self.config(**overrides), nodes, seed)
+
+    def run(self, grid: InProcessGrid | None = None, **overrides) -> Path:
+        """Run the ServerApp to its end; return the run directory."""
+        grid = grid or self.grid(**overrides)
+        server_app.main(grid, make_context(self.config(**overrides)))
+        return self.latest()
+
+    def latest(self) -> Path:
+        folders = [p.parent for p in Path(self.defaults["output_dir"]).glob("*/*/run_config.json")]
+        return max(folders, key=lambda p: (p / "run_config.json").stat().st_mtime_ns)
+
+
+@pytest.fixture
+def app(tiny_dataset, tmp_path) -> App:
+    return App(tiny_dataset, tmp_path / "outputs")
+
+
+def results(directory: Path, *, times: bool = False) -> list[dict]:
+    """The rows of results.json, without the times unless asked for."""
+    rows = json.loads((directory / "results.json").read_text())
+    return [{k: v for k, v in row.items() if times or not k.startswith("seconds")} for row in rows]
+
+
+def model(directory: Path, name: str = "final_model.pt") -> dict[str, torch.Tensor]:
+    return torch.load(directory / name, weights_only=True)
+
+
+def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
