@@ -524,7 +524,7 @@ class Mailbox:
         for node, message_id in zip(batch.nodes, batch.message_ids, strict=True):
             while message_id in waiting:
                 last_look = time.monotonic() >= batch.deadline
-                wanted = list(islice(waiting, window))
+                wanted = list(islice(waiting, window and window - len(arrived)))
                 replies = self._pull(wanted, batch)
                 arrived |= replies
                 for wanted_id in wanted:

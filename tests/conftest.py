@@ -13,6 +13,7 @@ os.environ["WANDB_MODE"] = "offline"
 
 import pytest
 import torch
+import torch._dynamo  # the first optimizer of a process imports it: seconds that no deadline allows for
 
 from pytorch_example_low_level import client_app, server_app, task
 from tests.grid import InProcessGrid, make_context, run_config
@@ -46,19 +47,20 @@ class App:
             "use_wandb": False,
             "server_device": "cpu",
         }
-        self.num_nodes = 5
 
     def config(self, **overrides) -> dict:
         return run_config(**(self.defaults | overrides))
 
-    def grid(self, seed: int = 0, num_nodes: int | None = None, **overrides) -> InProcessGrid:
-        nodes = self.num_nodes if num_nodes is None else num_nodes
-        return InProcessGrid(client_app.app, self.config(**overrides), nodes, seed)
+    def grid(self, seed: int = 0, num_nodes: int = 5) -> InProcessGrid:
+        return InProcessGrid(client_app.app, self.config(), num_nodes, seed)
 
     def run(self, grid: InProcessGrid | None = None, **overrides) -> Path:
         """Run the ServerApp to its end; return the run directory."""
-        grid = grid or self.grid(**overrides)
-        server_app.main(grid, make_context(self.config(**overrides)))
+        config = self.config(**overrides)
+        grid = grid or self.grid()
+        for context in grid.contexts.values():
+            context.run_config = config
+        server_app.main(grid, make_context(config))
         return self.latest()
 
     def latest(self) -> Path:

@@ -2,7 +2,6 @@
 
 import pickle
 import random
-import time
 import tomllib
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -49,7 +48,7 @@ class InProcessGrid(Grid):
         self.waiting: dict[str, Message] = {}  # pushed, not yet handled
         self.replies: dict[str, list[Message]] = {}  # handled, not yet pulled
         self.before_push: Callable[[list[Message]], None] = lambda messages: None
-        self.peak_replies = 0
+        self.peak_models = 0  # in one pull
 
     def partition(self, node_id: int) -> int:
         return int(self.contexts[node_id].node_config["partition-id"])
@@ -85,7 +84,8 @@ class InProcessGrid(Grid):
         for message_id in wanted:
             self._handle(self.waiting.pop(message_id))
         found = [reply for i in message_ids for reply in self.replies.pop(i, [])]
-        self.peak_replies = max(self.peak_replies, len(found))
+        models = sum(reply.has_content() and "arrays" in reply.content for reply in found)
+        self.peak_models = max(self.peak_models, models)
         return found
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
@@ -103,7 +103,3 @@ class InProcessGrid(Grid):
             replies = replies if isinstance(replies, list) else [replies]
             self.replies[message.metadata.message_id] = [pickle.loads(pickle.dumps(r)) for r in replies]
 
-
-def late(seconds: float) -> float:
-    """When it will be so many seconds later, for handlers that answer after the deadline."""
-    return time.monotonic() + seconds

@@ -1,5 +1,7 @@
 """The model, the data and the training, without Flower."""
 
+import math
+
 import datasets
 import numpy as np
 import pytest
@@ -109,9 +111,11 @@ def test_nothing_to_train_or_test_on_is_an_error(function):
         task.train(Constant(), split(0), **TRAINING) if function == "train" else task.test(Constant(), split(0), CPU)
 
 
-def test_normalise_maps_black_to_minus_one_and_white_to_one():
-    images = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1)
-    assert task.normalise(images).flatten().tolist() == [-1.0, 1.0]
+def test_normalise_gives_each_image_mean_0_and_variance_1():
+    images = torch.tensor([[0, 0, 200, 200], [7, 7, 7, 7]], dtype=torch.uint8).view(2, 1, 2, 2)
+    one = 100 / math.sqrt(100**2 + 1)  # half the pixels 100 below the mean, half above
+    assert task.normalise(images).flatten(1).tolist() == [pytest.approx([-one, -one, one, one]), [0, 0, 0, 0]]
+    assert task.normalise(split(3, channels=3, size=32).images).is_contiguous(memory_format=torch.channels_last)
 
 
 def test_augmentation_shifts_and_mirrors_whole_images():
