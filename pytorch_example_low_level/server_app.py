@@ -67,6 +67,11 @@ def main(grid: Grid, context: Context) -> None:
     identity = utils.identity_of(config, initial.model, test_split.images, test_split.labels)
     directory, state = utils.open_run(config, initial, identity)
 
+    if state.server_round >= config.num_server_rounds:
+        log(INFO, "This run is finished: %s rounds. For more, raise num-server-rounds.", state.server_round)
+        directory.save_final(state.model)
+        return
+
     mailbox = Mailbox(grid)
     roll: dict[int, Node] = {}  # all nodes that were ever connected, by node id
     stopwatch = utils.Stopwatch()
@@ -120,7 +125,7 @@ def main(grid: Grid, context: Context) -> None:
 
         if not any(row["train_received"] for row in state.results):
             raise UserError("Nothing was learned: no round had a usable TRAIN reply. The warnings above say why.")
-        recorder.end_run()
+        directory.save_final(state.model)
 
 
 # ------------------------------------------------------------------------------- 0. Nodes

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pytorch_example_low_level.config import UserError
+from pytorch_example_low_level.config import UserError, first_line
 
 if TYPE_CHECKING:
     import datasets
@@ -100,9 +100,8 @@ def pick_device(name: str = "auto") -> torch.device:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
         raise UserError(
-            f"server-device: {name!r} is not usable on this machine ({reason}); allowed: 'auto', 'cpu'"
+            f"server-device: {name!r} is not usable on this machine ({first_line(error)}); allowed: 'auto', 'cpu'"
         ) from error
     return torch.device(name)
 
@@ -284,9 +283,8 @@ def _explained(what: str) -> Iterator[None]:
             warnings.simplefilter("ignore")  # retries of the partitioner: noise, or an error below
             yield
     except Exception as error:
-        reason = str(error).strip() or type(error).__name__
         raise DataError(
-            f"Cannot use {what}: {reason}\nAllowed: dataset={BUNDLED!r} (bundled, needs no network), the "
+            f"Cannot use {what}: {str(error).strip() or first_line(error)}\nAllowed: dataset={BUNDLED!r} (bundled, needs no network), the "
             "absolute path of a folder that datasets.load_dataset can read, or the name of an "
             "image-classification data set on the Hugging Face Hub (needs network)."
         ) from error

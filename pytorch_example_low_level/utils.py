@@ -30,7 +30,7 @@ from flwr.common.logger import log
 from torch import Tensor
 
 from pytorch_example_low_level import __version__
-from pytorch_example_low_level.config import RunConfig, UserError
+from pytorch_example_low_level.config import RunConfig, UserError, first_line
 
 if TYPE_CHECKING:
     import wandb
@@ -200,7 +200,7 @@ def load_checkpoint(path: Path) -> Any:  # noqa: ANN401
     except FileNotFoundError as error:
         raise UserError(f"There is no checkpoint {path}.") from error
     except Exception as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"{path} is not a checkpoint of this app, or holds more than data: {reason}") from error
 
 
@@ -320,8 +320,17 @@ def plot_results(results: Sequence[Row]) -> Figure:
         mean = np.array([r[f"federated_evaluate_{name}"] for r in federated], dtype=float)
         std = np.array([r[f"federated_evaluate_{name}_std"] for r in federated], dtype=float)
         # Blue and orange, solid and dashed: told apart without seeing colours.
-        axes.plot(*zip(*central, strict=True), color="#0072B2", marker="o", label="central (test split)")
+        axes.plot(
+            [server_round for server_round, _ in central],
+            [value for _, value in central],
+            color="#0072B2",
+            marker="o",
+            label="central (test split)",
+        )
         axes.plot(rounds, mean, color="#D55E00", linestyle="--", marker="s", label="federated mean (opted-in nodes)")
+        if name == "accuracy":
+            worst = np.array([r["federated_evaluate_accuracy_p10"] for r in federated], dtype=float)
+            axes.plot(rounds, worst, color="#CC79A7", linestyle=":", marker="v", label="10th percentile of nodes")
         axes.fill_between(rounds, mean - std, mean + std, color="#D55E00", alpha=0.2, label="± 1 std over nodes")
         axes.set(xlabel="round", ylabel=name, title=name.capitalize())
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -354,10 +363,6 @@ class Recorder:
         self.directory.save_round(self.state, self.identity)
         if self.wandb_run is not None:
             log_to_wandb(self.wandb_run, row, accuracies)
-
-    def end_run(self) -> None:
-        """Write the final model."""
-        self.directory.save_final(self.state.model)
 
 
 @contextmanager
@@ -403,7 +408,7 @@ def start_wandb(config: RunConfig, directory: RunDirectory, state: ServerState) 
     try:
         run = init(None)
     except (wandb.errors.UsageError, wandb.errors.CommError) as error:
-        log(INFO, "📈 W&B cannot go online: %s", str(error).splitlines()[0])
+        log(INFO, "📈 W&B cannot go online: %s", first_line(error))
         run = init("offline")
     if run.offline:
         log(INFO, "📈 W&B is offline. To upload this run later: wandb sync %s", Path(run.dir).parent)

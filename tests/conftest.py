@@ -70,6 +70,7 @@ class App:
 
 @pytest.fixture
 def app(tiny_dataset, tmp_path) -> App:
+    """The app, with an output directory of its own."""
     return App(tiny_dataset, tmp_path / "outputs")
 
 

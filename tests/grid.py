@@ -102,4 +102,3 @@ class InProcessGrid(Grid):
         if replies is not None:
             replies = replies if isinstance(replies, list) else [replies]
             self.replies[message.metadata.message_id] = [pickle.loads(pickle.dumps(r)) for r in replies]
-

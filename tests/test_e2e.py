@@ -1,0 +1,205 @@
+"""Real `flwr run`s, at tiny size, on a SuperLink of the tests' own."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.simulation import BIN, PROJECT, LocalSuperLink
+from tests.conftest import model, results, same_bits
+
+pytestmark = pytest.mark.e2e
+
+
+@pytest.fixture(scope="module")
+def superlink(tmp_path_factory):
+    with LocalSuperLink(tmp_path_factory.mktemp("flower")) as superlink:
+        yield superlink
+
+
+@pytest.fixture
+def settings(tiny_dataset) -> dict:
+    return {
+        "dataset": tiny_dataset,
+        "partitioner": "iid",
+        "num_server_rounds": 2,
+        "fraction_clients_train": 0.5,
+        "query_max_delay": 0.0,
+        "query_timeout": 60.0,
+        "use_wandb": False,
+    }
+
+
+def files_of(directory: Path) -> set[str]:
+    return {str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file()}
+
+
+FILES = {
+    "run_config.json", "results.json", "metrics.png", "final_model.pt", "checkpoints/best.pt", "checkpoints/last.pt"
+}  # fmt: skip
+
+
+def test_one_worker_and_two_give_the_same_bits(superlink, settings):
+    two = superlink.run(nodes=6, cpus=1, **settings)
+    one = superlink.run(nodes=6, cpus=os.cpu_count() or 1, **settings)
+    for run in (one, two):
+        assert run.status == "finished:completed", run.log
+        assert files_of(run.directory) == FILES
+    assert results(one.directory) == results(two.directory)
+    assert same_bits(model(one.directory), model(two.directory))
+
+
+def test_late_answers_are_left_out_and_do_not_hold_up_the_evaluation(superlink, settings):
+    run = superlink.run(nodes=20, **settings | {"query_timeout": 1.0, "query_max_delay": 0.5})
+    assert run.status == "finished:completed", run.log
+    for row in run.results[1:]:
+        assert row["query_sent"] == 20
+        assert 0 < row["query_received"] < 20
+        assert 1.0 <= row["seconds_query"] < 1.8
+        assert row["evaluate_received"] == row["opted_in"]
+        # Behind the deadline lie more than a second of answers that sleepers would still give.
+        assert row["seconds_evaluate"] < 1.5
+    assert "ERROR" not in run.log
+
+
+def test_the_defaults_run_as_they_are_and_say_how_to_simulate_fifty_nodes(superlink):
+    run = superlink.run(num_server_rounds=1, dataset="fashion-mnist-sample")
+    assert run.status == "finished:completed", run.log
+    assert "num-supernodes=50" in run.log
+    assert "W&B is offline" in run.log
+    assert run.results[1]["nodes_available"] == 2
+
+
+def test_a_wrong_configuration_is_one_error_without_a_stack_and_leaves_nothing(superlink, tmp_path):
+    outputs = tmp_path / "outputs"
+    run = superlink.run(nodes=2, output_dir=str(outputs), learning_rate=-1.0, batch_size=0, use_wandb="no")
+    assert run.status == "finished:failed"
+    assert [line.split(":")[0] for line in run.log.splitlines() if line.startswith("  - ")] == [
+        "  - batch-size", "  - learning-rate", "  - use-wandb"
+    ]  # fmt: skip
+    assert "Traceback" not in run.log
+    assert not outputs.exists()
+
+
+def test_a_data_set_that_is_not_there_ends_the_run_with_one_error(superlink, tmp_path):
+    run = superlink.run(nodes=2, output_dir=str(tmp_path / "outputs"), dataset="/no/such/folder")
+    assert run.status == "finished:failed"
+    assert "Cannot use dataset '/no/such/folder'" in run.log
+    assert "Traceback" not in run.log
+    assert not (tmp_path / "outputs").exists()
+
+
+# ------------------------------------------------------------------------ Kill, stop, resume
+
+
+def simulations(superlink: LocalSuperLink) -> list[int]:
+    """The processes in which the ServerApp runs now: among those that the SuperLink started."""
+    listing = subprocess.run(["ps", "-eo", "pid,ppid,stat,args"], capture_output=True, text=True, check=True).stdout
+    rows = [line.split(None, 3) for line in listing.splitlines()[1:]]
+    family = {superlink.process.pid}
+    for _ in range(5):  # generations
+        family |= {int(pid) for pid, ppid, *_ in rows if int(ppid) in family}
+    return [int(p) for p, _, stat, args in rows if int(p) in family and "flwr-simulation" in args and stat[0] != "Z"]
+
+
+def run_until(superlink: LocalSuperLink, pattern: str, seconds: float, action, **settings) -> Path:
+    """Start a run; `seconds` after a line of its log matches, act on its process; return its directory."""
+    directory = None
+    for line in superlink.lines(nodes=6, **settings):
+        plain = re.sub(r"\x1b\[\d+m", "", line)
+        if found := re.search(r"📂 (?:Run directory|Resuming after round -?\d+): (.+)", plain):
+            directory = Path(found.group(1))
+        if re.search(pattern, plain):
+            time.sleep(seconds)
+            for pid in simulations(superlink):
+                action(pid)
+            break
+    deadline = time.monotonic() + 60
+    while simulations(superlink) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not simulations(superlink)
+    assert directory
+    return directory
+
+
+def check_files(directory: Path) -> None:
+    """Every file is whole, whenever the process died."""
+    for path in directory.rglob("*"):
+        if path.suffix == ".json" and "wandb" not in path.parts:
+            json.loads(path.read_text())
+        elif path.suffix == ".pt":
+            torch.load(path, weights_only=True)
+        elif path.suffix == ".png" and "wandb" not in path.parts:
+            assert path.read_bytes()[-8:-4] == b"IEND"
+
+
+def test_a_killed_run_is_resumed_to_the_same_bits(superlink, settings):
+    """KILLS=20 in the environment kills more often than the suite has time for."""
+    settings = settings | {"num_server_rounds": 6}
+    whole = superlink.run(nodes=6, **settings)
+    assert whole.status == "finished:completed", whole.log
+    kills, rng = int(os.environ.get("KILLS", "2")), random.Random(os.environ.get("KILL_SEED", "0"))
+    for _ in range(kills):
+        round_to_die_in = rng.randint(1, 5)
+        delay = rng.uniform(0, 0.6)  # a round of this size takes about half a second
+        pattern = rf"Starting round {round_to_die_in}/6"
+        directory = run_until(superlink, pattern, delay, lambda pid: os.kill(pid, signal.SIGKILL), **settings)
+        check_files(directory)
+        before = results(directory)
+        resumed = superlink.run(nodes=6, **settings, resume_from=str(directory))
+        assert resumed.status == "finished:completed", resumed.log
+        assert resumed.directory == directory
+        assert results(directory)[: len(before)] == before
+        assert results(directory) == results(whole.directory)
+        assert same_bits(model(directory), model(whole.directory))
+        assert same_bits(model(directory, "checkpoints/best.pt"), model(whole.directory, "checkpoints/best.pt"))
+
+
+@pytest.mark.parametrize("how", ["SIGTERM", "flwr stop"])
+def test_a_stopped_run_leaves_whole_files_and_can_go_on(superlink, settings, how):
+    settings = settings | {"num_server_rounds": 500, "use_wandb": True}
+
+    def stop(pid: int) -> None:
+        if how == "SIGTERM":
+            os.kill(pid, signal.SIGTERM)
+        else:
+            listing = superlink.flwr("ls", "--format", "json")
+            runs = json.loads(listing[listing.index("{") :])["runs"]
+            (run_id,) = [str(run["run-id"]) for run in runs if run["status"] == "running"]
+            superlink.flwr("stop", run_id)
+
+    directory = run_until(superlink, "Starting round 4/", 0.2, stop, **settings)
+    check_files(directory)
+    done = len(results(directory)) - 1
+    assert 3 <= done < 500
+    assert (directory / "metrics.png").exists()
+    (wandb_run,) = (directory / "wandb").glob("offline-run-*")
+    from tests.test_utils import read_wandb
+
+    assert read_wandb(wandb_run)[-1].WhichOneof("record_type") == "exit"
+    resumed = superlink.run(nodes=6, **settings | {"num_server_rounds": done + 1}, resume_from=str(directory))
+    assert resumed.status == "finished:completed", resumed.log
+
+
+# ------------------------------------------------------------------------------- Package
+
+
+def test_the_fab_holds_the_app_readme_and_licence_and_nothing_else(tmp_path):
+    subprocess.run([BIN / "flwr", "build", "--app", PROJECT], cwd=tmp_path, check=True, capture_output=True)
+    (fab,) = tmp_path.glob("*.fab")
+    with zipfile.ZipFile(fab) as archive:
+        names = {name for name in archive.namelist() if not name.startswith(".info/")}
+        assert names == {"pyproject.toml", "README.md", "LICENSE"} | {
+            f"pytorch_example_low_level/{m}.py"
+            for m in ("__init__", "client_app", "config", "server_app", "task", "utils")
+        }
+        assert max(info.file_size for info in archive.infolist()) < 1_000_000  # the limit for publishing
+    assert fab.stat().st_size < 10_000_000
