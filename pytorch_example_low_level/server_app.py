@@ -11,6 +11,7 @@ import functools
 import io
 import math
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -108,7 +109,7 @@ def main(grid: Grid, context: Context) -> None:
             row |= central_metrics(loss, accuracy)
             if state.best_accuracy is None or accuracy > state.best_accuracy:
                 log(INFO, "🎉 New best global model found: %f", accuracy)
-                recorder.new_best(accuracy, server_round)
+                recorder.new_best(accuracy)
 
             # --- 4., continued: who has not answered by the deadline is left out
             opted_in, outcome = collect_opt_ins(mailbox, queries)
@@ -125,7 +126,7 @@ def main(grid: Grid, context: Context) -> None:
 
         if not any(row["train_received"] for row in state.results):
             raise UserError("Nothing was learned: no round had a usable TRAIN reply. The warnings above say why.")
-        directory.save_final(state.model)
+        recorder.end_run()
 
 
 # ------------------------------------------------------------------------------- 0. Nodes
@@ -528,6 +529,10 @@ class Mailbox:
         pause, longest_pause = POLL_PAUSE
         for node, message_id in zip(batch.nodes, batch.message_ids, strict=True):
             while message_id in waiting:
+                if not threading.main_thread().is_alive():
+                    # In a simulation the engine is the main thread, and this is another. Ray ends
+                    # it on SIGTERM; then no answer will come, and nobody else would close the run.
+                    raise UserError("Flower's engine has ended. The run can be resumed with resume-from.")
                 last_look = time.monotonic() >= batch.deadline
                 wanted = list(islice(waiting, window and window - len(arrived)))
                 replies = self._pull(wanted, batch)

@@ -283,10 +283,12 @@ def _explained(what: str) -> Iterator[None]:
             warnings.simplefilter("ignore")  # retries of the partitioner: noise, or an error below
             yield
     except Exception as error:
+        reason = str(error).strip() or first_line(error)
         raise DataError(
-            f"Cannot use {what}: {str(error).strip() or first_line(error)}\nAllowed: dataset={BUNDLED!r} (bundled, needs no network), the "
-            "absolute path of a folder that datasets.load_dataset can read, or the name of an "
-            "image-classification data set on the Hugging Face Hub (needs network)."
+            f"Cannot use {what}: {reason}\n"
+            f"Allowed: dataset={BUNDLED!r} (bundled, needs no network), the absolute path of a folder that "
+            "datasets.load_dataset can read, or the name of an image-classification data set on the "
+            "Hugging Face Hub (needs network)."
         ) from error
 
 

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from flwr.app import ArrayRecord
 from flwr.common.logger import log
+from flwr.supercore.exit import add_exit_handler
 from torch import Tensor
 
 from pytorch_example_low_level import __version__
@@ -342,7 +343,7 @@ def plot_results(results: Sequence[Row]) -> Figure:
 # ------------------------------------------------------------------------------ Recording
 
 
-@dataclass(frozen=True)
+@dataclass
 class Recorder:
     """Writes down what happens in a run: files always, W&B where it is wanted."""
 
@@ -350,36 +351,53 @@ class Recorder:
     state: ServerState
     identity: Mapping[str, Any]
     wandb_run: wandb.Run | None
+    finished: bool = False
+    _closed: bool = False
 
-    def new_best(self, accuracy: float, server_round: int) -> None:
+    def new_best(self, accuracy: float) -> None:
         """Keep the current model as the best so far."""
         self.state.best_accuracy = accuracy
         self.directory.save_best(self.state.model)
 
     def end_round(self, row: Row, accuracies: Sequence[float] = ()) -> None:
         """Commit a round: `row` is its line in results.json, `accuracies` are those of the nodes."""
+        if self._closed:  # by a signal, while this thread went on
+            raise UserError("The run was stopped. It can be resumed with resume-from.")
         self.state.server_round = int(row["round"] or 0)
         self.state.results.append(row)
         self.directory.save_round(self.state, self.identity)
         if self.wandb_run is not None:
             log_to_wandb(self.wandb_run, row, accuracies)
 
+    def end_run(self) -> None:
+        """Write the final model: with it, the run is finished."""
+        self.directory.save_final(self.state.model)
+        self.finished = True
+
+    def close(self) -> None:
+        """Draw the plot and close W&B, once, however the run ended."""
+        if self._closed:
+            return
+        self._closed = True
+        self.directory.save_plot(self.state.results)
+        if self.wandb_run is not None:
+            finish_wandb(self.wandb_run, self.directory, self.state, exit_code=0 if self.finished else 1)
+        log(INFO, "📂 Run directory: %s", self.directory.path)
+
 
 @contextmanager
 def recording(
     config: RunConfig, directory: RunDirectory, state: ServerState, identity: Mapping[str, Any]
 ) -> Iterator[Recorder]:
-    """Open what a run is recorded with; at its end, good or bad, draw the plot and close W&B."""
+    """Open what a run is recorded with, and close it at the run's end: good, bad or by a signal."""
     wandb_run = start_wandb(config, directory, state) if config.use_wandb else None
-    exit_code = 1
+    recorder = Recorder(directory, state, identity, wandb_run)
+    # On SIGTERM and `flwr stop` Flower ends the process without unwinding this thread.
+    add_exit_handler(recorder.close, run_before_force_exit=True)
     try:
-        yield Recorder(directory, state, identity, wandb_run)
-        exit_code = 0
+        yield recorder
     finally:
-        directory.save_plot(state.results)
-        if wandb_run is not None:
-            finish_wandb(wandb_run, directory, state, exit_code)
-        log(INFO, "📂 Run directory: %s", directory.path)
+        recorder.close()
 
 
 # ----------------------------------------------------------------------- Weights & Biases

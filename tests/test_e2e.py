@@ -112,15 +112,17 @@ def simulations(superlink: LocalSuperLink) -> list[int]:
 
 def run_until(superlink: LocalSuperLink, pattern: str, seconds: float, action, **settings) -> Path:
     """Start a run; `seconds` after a line of its log matches, act on its process; return its directory."""
-    directory = None
+    directory, run_id = None, ""
     for line in superlink.lines(nodes=6, **settings):
         plain = re.sub(r"\x1b\[\d+m", "", line)
+        if found := re.search(r"Successfully started run (\d+)", plain):
+            run_id = found.group(1)
         if found := re.search(r"📂 (?:Run directory|Resuming after round -?\d+): (.+)", plain):
             directory = Path(found.group(1))
         if re.search(pattern, plain):
             time.sleep(seconds)
             for pid in simulations(superlink):
-                action(pid)
+                action(pid, run_id)
             break
     deadline = time.monotonic() + 60
     while simulations(superlink) and time.monotonic() < deadline:
@@ -151,7 +153,7 @@ def test_a_killed_run_is_resumed_to_the_same_bits(superlink, settings):
         round_to_die_in = rng.randint(1, 5)
         delay = rng.uniform(0, 0.6)  # a round of this size takes about half a second
         pattern = rf"Starting round {round_to_die_in}/6"
-        directory = run_until(superlink, pattern, delay, lambda pid: os.kill(pid, signal.SIGKILL), **settings)
+        directory = run_until(superlink, pattern, delay, lambda pid, _: os.kill(pid, signal.SIGKILL), **settings)
         check_files(directory)
         before = results(directory)
         resumed = superlink.run(nodes=6, **settings, resume_from=str(directory))
@@ -167,14 +169,8 @@ def test_a_killed_run_is_resumed_to_the_same_bits(superlink, settings):
 def test_a_stopped_run_leaves_whole_files_and_can_go_on(superlink, settings, how):
     settings = settings | {"num_server_rounds": 500, "use_wandb": True}
 
-    def stop(pid: int) -> None:
-        if how == "SIGTERM":
-            os.kill(pid, signal.SIGTERM)
-        else:
-            listing = superlink.flwr("ls", "--format", "json")
-            runs = json.loads(listing[listing.index("{") :])["runs"]
-            (run_id,) = [str(run["run-id"]) for run in runs if run["status"] == "running"]
-            superlink.flwr("stop", run_id)
+    def stop(pid: int, run_id: str) -> None:
+        os.kill(pid, signal.SIGTERM) if how == "SIGTERM" else superlink.flwr("stop", run_id)
 
     directory = run_until(superlink, "Starting round 4/", 0.2, stop, **settings)
     check_files(directory)

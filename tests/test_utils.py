@@ -178,7 +178,7 @@ def test_an_offline_run_holds_configuration_steps_histogram_plot_artifact_and_su
     ]
     records = read_wandb(folder)
     history = [
-        {tuple(i.nested_key)[0] if i.nested_key else i.key: i for i in r.history.item}
+        {next(iter(i.nested_key), i.key): i for i in r.history.item}
         for r in records
         if r.WhichOneof("record_type") == "history"
     ]
