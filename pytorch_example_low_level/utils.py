@@ -334,7 +334,7 @@ def plot_results(results: Sequence[Row]) -> Figure:
             axes.plot(rounds, worst, color="#CC79A7", linestyle=":", marker="v", label="10th percentile of nodes")
         axes.fill_between(rounds, mean - std, mean + std, color="#D55E00", alpha=0.2, label="± 1 std over nodes")
         axes.set(xlabel="round", ylabel=name, title=name.capitalize())
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.locator_params(axis="x", integer=True)
         axes.grid(alpha=0.3)
         axes.legend()
     return figure

@@ -1,0 +1,144 @@
+"""What the README says is what the code does."""
+
+import re
+import tomllib
+import types
+from dataclasses import fields
+
+import pytest
+import torch
+from flwr.app import MessageType
+
+from pytorch_example_low_level import client_app, server_app, utils
+from pytorch_example_low_level.config import RunConfig
+from tests.conftest import model, results
+from tests.grid import PROJECT, InProcessGrid, make_context
+
+README = (PROJECT / "README.md").read_text()
+
+
+def example(name: str) -> str:
+    """The code block behind the marker of this name."""
+    return re.search(rf"<!-- example: {name} -->\n```python\n(.*?)```", README, re.DOTALL).group(1)
+
+
+def changed(module: types.ModuleType, **replacements: str) -> types.ModuleType:
+    """The module with some of its text replaced, as a reader would."""
+    source = (PROJECT / "pytorch_example_low_level" / f"{module.__name__.split('.')[-1]}.py").read_text()
+    for old, new in replacements.items():
+        assert source.count(old) == 1
+        source = source.replace(old, new)
+    copy = types.ModuleType(module.__name__ + "_changed")
+    # So that dataclasses find the module in which they are defined.
+    import sys
+
+    sys.modules[copy.__name__] = copy
+    exec(compile(source, copy.__name__, "exec"), copy.__dict__)
+    return copy
+
+
+def add(module: types.ModuleType, code: str) -> None:
+    exec(compile(code, "README.md", "exec"), module.__dict__)
+
+
+def run(app, server: types.ModuleType, client: types.ModuleType = client_app, **overrides):
+    config = app.config(**overrides)
+    grid = InProcessGrid(client.app, config, 5)
+    server.main(grid, make_context(config))
+    return grid, app.latest()
+
+
+def test_another_aggregation_rule(app):
+    copy = changed(server_app)
+    add(copy, example("aggregation"))
+    like = {"w": torch.zeros(2)}
+    updates = [({"w": torch.tensor(v)}, 1) for v in ([1.0, 9.0], [2.0, 8.0], [1e30, -1e30])]
+    assert copy.weighted_mean(updates, like)["w"].tolist() == [2.0, 8.0]
+    assert copy.weighted_mean([], like) is None
+    _, directory = run(app, copy)
+    _, plain = run(app, server_app)
+    assert not torch.equal(model(directory)["fc2.bias"], model(plain)["fc2.bias"])
+
+
+def test_another_way_to_sample(app):
+    copy = changed(server_app)
+    add(copy, example("sampling"))
+    grid, _ = run(app, copy, num_server_rounds=5, fraction_clients_train=0.4)
+    trained = {}
+    for message in grid.sent:
+        if message.metadata.message_type == MessageType.TRAIN:
+            trained.setdefault(message.metadata.group_id, []).append(grid.partition(message.metadata.dst_node_id))
+    assert trained == {"1": [0, 1], "2": [2, 3], "3": [0, 4], "4": [1, 2], "5": [3, 4]}
+
+
+def test_one_more_phase(app):
+    old = "            cohort = sample_cohort(nodes, config, server_round)\n"
+    server = changed(server_app, **{old: example("phase, main")})
+    add(server, example("phase, server"))
+    client = changed(client_app)
+    add(client, example("phase, client"))
+    grid, directory = run(app, server, client, fraction_clients_train=1.0)
+    assert {m.metadata.message_type for m in grid.sent} >= {"query.battery", MessageType.TRAIN}
+    # Partition p has a level of 1 / (1 + p): only that of partition 0 is above one half.
+    assert [row["train_sampled"] for row in results(directory)[1:]] == [1, 1]
+
+
+@pytest.mark.parametrize("name", ["aggregation", "sampling", "phase, client", "phase, server", "phase, main"])
+def test_every_example_is_short(name):
+    assert len(example(name).splitlines()) <= 8
+
+
+def test_the_configuration_table_is_that_of_the_code():
+    config = tomllib.loads((PROJECT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
+    rows = dict(re.findall(r"^\| `([a-z-]+)` \| `([^`]*)` \|", README, re.MULTILINE))
+    documented = {key: tomllib.loads(f"v = {value}")["v"] for key, value in rows.items()}
+    assert documented == config
+    assert list(documented) == list(config)
+    assert {f.name.replace("_", "-") for f in fields(RunConfig)} == set(config)
+
+
+def test_every_default_has_a_comment():
+    section = (PROJECT / "pyproject.toml").read_text().split("[tool.flwr.app.config]")[1].split("\n[")[0]
+    for line in section.strip().splitlines():
+        assert not line or "# " in line, line
+
+
+def test_every_result_key_and_file_is_documented():
+    for key in utils.RESULT_KEYS:
+        assert f"`{key}`" in README
+    for name in ("run_config.json", "results.json", "best.pt", "last.pt", "final_model.pt", "metrics.png", "wandb/"):
+        assert name in README
+
+
+def test_the_files_of_the_app_and_the_links_are_there():
+    for name in re.findall(r"^\| `([a-z_]+\.py)` \|", README, re.MULTILINE):
+        assert (PROJECT / "pytorch_example_low_level" / name).exists()
+    for target in re.findall(r"\]\((?!http|#)([^)]+)\)", README):
+        assert (PROJECT / target).exists(), target
+
+
+def test_the_code_to_use_a_model_works(app, monkeypatch):
+    directory = app.run(num_server_rounds=1)
+    code = re.search(r"To use a model:\n\n```python\n(.*?)```", README, re.DOTALL).group(1)
+    monkeypatch.chdir(directory)
+    namespace: dict = {}
+    exec(compile(code, "README.md", "exec"), namespace)
+    assert torch.equal(namespace["net"].state_dict()["fc2.bias"], model(directory)["fc2.bias"])
+
+
+def test_every_run_config_in_a_command_is_valid(app):
+    from flwr.common.config import parse_config_args
+
+    commands = re.findall(r'--run-config (?:"([^"]*)"|(\S+=\S+))', README)
+    assert len(commands) >= 4
+    defaults = tomllib.loads((PROJECT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
+    for quoted, bare in commands:
+        if "..." not in quoted:
+            RunConfig.from_context(make_context(defaults | parse_config_args([quoted or bare])))
+
+
+def test_the_commands_for_set_up_are_complete():
+    assert re.search(r"^pip install -e \. && .*flwr run \. --stream", README, re.MULTILINE)
+    ci = (PROJECT / ".ci" / "run").read_text()
+    assert "<!-- test command -->" in ci
+    assert "<!-- test command -->\n```shell\npip install -e '.[test]' && pytest\n```" in README
