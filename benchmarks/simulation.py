@@ -1,4 +1,4 @@
-"""A local SuperLink of one's own: real `flwr run`s that touch nothing of the user's.
+"""A local SuperLink of one's own: real simulations that touch nothing of the user's.
 
 `flwr run` starts a SuperLink by itself, on fixed ports and with the user's Flower home, and
 leaves it running. Measurements and tests want one that is theirs alone, and that ends.
@@ -7,167 +7,40 @@ leaves it running. Measurements and tests want one that is theirs alone, and tha
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import re
-import signal
-import socket
 import subprocess
-import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-PROJECT = Path(__file__).resolve().parent.parent
-BIN = Path(sys.executable).parent  # where this environment's `flwr` is
-
-
-@dataclass(frozen=True)
-class FinishedRun:
-    """What a run printed, how Flower says that it ended, and where its files are."""
-
-    run_id: str
-    log: str
-    status: str  # such as "finished:completed"
-    directory: Path | None
-
-    @property
-    def results(self) -> list[dict[str, Any]]:
-        """The rows of results.json."""
-        if self.directory is None:
-            raise RuntimeError(f"the run has no directory:\n{self.log}")
-        rows: list[dict[str, Any]] = json.loads((self.directory / "results.json").read_text())
-        return rows
-
-
-def free_port() -> int:
-    """Return a TCP port on which nobody listens now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def toml(values: Mapping[str, object]) -> str:
-    """Write key-value pairs as `flwr run --run-config` takes them."""
-
-    def literal(value: object) -> str:
-        if isinstance(value, bool):
-            return str(value).lower()
-        return f"'{value}'" if isinstance(value, str) else str(value)
-
-    return " ".join(f"{key}={literal(value)}" for key, value in values.items())
+from deploy.cli import FlowerCli, free_port, start, stop
 
 
 class LocalSuperLink:
     """Flower's local SuperLink, in simulation mode, on free ports and with its own Flower home."""
 
     def __init__(self, home: Path, env: Mapping[str, str] | None = None) -> None:
-        self.home = home.absolute()
-        self.env = os.environ | {
-            "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
-            "FLWR_HOME": str(self.home),
-            "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(free_port()),
-            "FLWR_LOCAL_CONTROL_API_PORT": str(free_port()),
-            # The app runs in this environment; it is not installed anew for each run.
-            "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-            "FLWR_TELEMETRY_ENABLED": "0",
-            "PYTHONUNBUFFERED": "1",
-        }
-        self.env |= env or {}
-        self.process: subprocess.Popen[bytes] | None = None
+        self.port = str(free_port())
+        ports = {"FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": self.port, "FLWR_LOCAL_CONTROL_API_PORT": str(free_port())}
+        self.flwr = FlowerCli(home, ports | dict(env or {}))
+        self.run, self.lines = self.flwr.run, self.flwr.lines
+        self.process: subprocess.Popen[bytes]
 
     def __enter__(self) -> LocalSuperLink:
         """Start the SuperLink and wait until it answers."""
-        self.home.mkdir(parents=True, exist_ok=True)
-        port = self.env["FLWR_LOCAL_SUPERLINK_HTTP_API_PORT"]
-        control = f"127.0.0.1:{self.env['FLWR_LOCAL_CONTROL_API_PORT']}"
-        command = ["flower-superlink", "--insecure", "--simulation", "--isolation", "subprocess"]
-        command += ["--host", "127.0.0.1", "--port", port, "--control-api-address", control]
-        self.process = subprocess.Popen(
-            command,
-            cwd=self.home,
-            env=self.env,
-            stdout=(self.home / "superlink.log").open("wb"),
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # so that all it starts can be ended with it
-        )
+        home, log = self.flwr.home, self.flwr.home / "superlink.log"
+        command = ["flower-superlink", "--insecure", "--simulation", "--host", "127.0.0.1", "--port", self.port]
+        self.process = start(command, home, self.flwr.env, log)
         deadline = time.monotonic() + 60
         while True:
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1):
+            url = f"http://127.0.0.1:{self.port}/health"
+            with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=1):
                 return self
             if self.process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"the SuperLink did not start:\n{(self.home / 'superlink.log').read_text()}")
+                stop(self.process)
+                raise RuntimeError(f"the SuperLink did not start:\n{log.read_text()}")
             time.sleep(0.1)
 
     def __exit__(self, *args: object) -> None:
         """End the SuperLink and all that it started."""
-        if self.process is not None:
-            for sig in (signal.SIGTERM, signal.SIGKILL):
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(self.process.pid, sig)
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    self.process.wait(10)
-
-    def flwr(self, *args: str, cwd: Path | None = None, timeout: float = 600) -> str:
-        """Run the `flwr` command; return what it printed."""
-        done = subprocess.run(
-            ["flwr", *args],
-            cwd=cwd or self.home,
-            env=self.env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
-        return done.stdout
-
-    def run(
-        self, nodes: int | None = None, cpus: float = 1, app: Path = PROJECT, timeout: float = 600, **run_config: object
-    ) -> FinishedRun:
-        """Run the app to its end. `some_key=…` is `some-key` of the run configuration."""
-        return self.finished(self.flwr(*self._arguments(nodes, cpus, app, run_config), timeout=timeout))
-
-    def lines(
-        self, nodes: int | None = None, cpus: float = 1, app: Path = PROJECT, **run_config: object
-    ) -> Iterator[str]:
-        """Run the app and yield the lines of its log as they come."""
-        with subprocess.Popen(
-            ["flwr", *self._arguments(nodes, cpus, app, run_config)],
-            cwd=self.home,
-            env=self.env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        ) as process:
-            try:
-                yield from process.stdout or ()
-            finally:
-                process.terminate()
-
-    def finished(self, log: str) -> FinishedRun:
-        """Make sense of the log of a run that has ended."""
-        log = re.sub(r"\x1b\[\d+m", "", log)
-        started = re.search(r"Successfully started run (\d+)", log)
-        run_id = started.group(1) if started else ""
-        directory = re.search(r"📂 (?:Run directory|Resuming after round -?\d+): (.+)", log)
-        return FinishedRun(run_id, log, self.status(run_id), Path(directory.group(1)) if directory else None)
-
-    def status(self, run_id: str) -> str:
-        """Ask Flower how a run stands."""
-        answer = self.flwr("ls", "--run-id", run_id, "--format", "json")
-        with contextlib.suppress(ValueError, KeyError, IndexError):
-            return str(json.loads(answer[answer.index("{") :])["runs"][0]["status"])
-        return answer
-
-    def _arguments(self, nodes: int | None, cpus: float, app: Path, run_config: Mapping[str, object]) -> list[str]:
-        arguments = ["run", str(app), "--stream"]
-        if run_config:
-            arguments += ["--run-config", toml({key.replace("_", "-"): v for key, v in run_config.items()})]
-        if nodes is not None:
-            arguments += ["--federation-config", f"num-supernodes={nodes} client-resources-num-cpus={cpus}"]
-        return arguments
+        stop(self.process)

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.simulation import BIN, PROJECT, LocalSuperLink
+from benchmarks.simulation import LocalSuperLink
+from deploy.cli import BIN, PROJECT
 from tests.conftest import model, results, same_bits
 
 pytestmark = pytest.mark.e2e
