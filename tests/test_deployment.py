@@ -1,0 +1,193 @@
+"""The very same app on the Deployment Engine: real processes on loopback, TLS, authentication."""
+
+import os
+import re
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks.simulation import LocalSuperLink
+from deploy.cli import PROJECT, free_port, start, stop
+from deploy.local_federation import HOST, Federation, make_certificates, make_node_key
+from deploy.prepare_partitions import write_partitions
+from tests.conftest import model, results, same_bits
+
+pytestmark = pytest.mark.e2e
+NODES = 3
+
+
+@pytest.fixture(scope="module")
+def federation(tiny_dataset, tmp_path_factory):
+    state = tmp_path_factory.mktemp("federation")
+    write_partitions(state / "data", NODES, tiny_dataset, "iid", 1.0, 42)
+    with Federation(state, NODES, state / "data") as federation:
+        yield federation
+
+
+@pytest.fixture
+def settings(tiny_dataset) -> dict:
+    return {
+        "dataset": tiny_dataset,
+        "partitioner": "iid",
+        "num_server_rounds": 2,
+        "query_max_delay": 0.0,
+        "query_timeout": 60.0,  # a query starts a process
+        "opt_in_probability": 1.0,
+        "use_wandb": False,
+    }
+
+
+def children(pid: int) -> list[tuple[int, str]]:
+    listing = subprocess.run(["ps", "-eo", "pid,ppid,stat,args"], capture_output=True, text=True, check=True).stdout
+    rows = [line.split(None, 3) for line in listing.splitlines()[1:]]
+    family = {pid}
+    for _ in range(5):
+        family |= {int(p) for p, parent, *_ in rows if int(parent) in family}
+    return [(int(p), args) for p, _, state, args in rows if int(p) in family - {pid} and state[0] != "Z"]
+
+
+def wait_for(condition, seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def test_a_run_over_tls_has_the_files_and_the_bits_of_a_simulation(federation, settings, tmp_path):
+    """Meanwhile four intruders try to get in, and the run does not notice."""
+    intruders = start_intruders(federation, tmp_path)
+    try:
+        run = federation.run(**settings)
+        assert run.status == "finished:completed", run.log
+        for name, (process, expected) in intruders.items():
+            log = (tmp_path / f"{name}.log").read_text()
+            assert re.search(expected, log), f"{name}: {log[-2000:]}"
+            assert "Failed to initialize the connection to the SuperLink" in log
+            assert process.poll() == 1
+        assert federation.online() == NODES
+    finally:
+        for process, _ in intruders.values():
+            stop(process)
+    assert [row["nodes_available"] for row in run.results[1:]] == [NODES] * 2
+    with LocalSuperLink(tmp_path / "simulation") as superlink:
+        simulated = superlink.run(nodes=NODES, **settings)
+    assert simulated.status == "finished:completed", simulated.log
+    assert results(run.directory) == results(simulated.directory)
+    assert same_bits(model(run.directory), model(simulated.directory))
+    assert {p.name for p in run.directory.rglob("*")} == {p.name for p in simulated.directory.rglob("*")}
+
+
+def start_intruders(federation: Federation, folder: Path) -> dict:
+    """SuperNodes that must be refused, each with what its log must say."""
+    make_certificates(folder / "other-ca")
+    make_node_key(folder / "unregistered")
+    make_node_key(folder / "other")
+    address = f"{HOST}:{federation.port}"
+    ca = ["--root-certificates", str(federation.certificates / "ca.crt")]
+    key = "--auth-supernode-private-key"
+    arguments = {
+        "unregistered-key": ([*ca, key, str(folder / "unregistered")], "Failed to activate SuperNode"),
+        "no-key": (ca, "Failed to activate SuperNode"),
+        "other-ca": (
+            ["--root-certificates", str(folder / "other-ca" / "ca.crt"), key, str(folder / "other")],
+            "(?i)certificate",
+        ),
+        "plain-http": (["--insecure"], "Server disconnected without sending a response"),
+    }
+    started = {}
+    for name, (options, expected) in arguments.items():
+        command = ["flower-supernode", "--superlink", address, "--port", str(free_port()), "--max-retries", "2"]
+        command += ["--node-config", "partition-id=0 num-partitions=3", *options]
+        process = start(command, folder, federation.flwr.env, folder / f"{name}.log")
+        started[name] = (process, expected)
+    return started
+
+
+def kill_while_it_trains(node: subprocess.Popen) -> None:
+    """Kill a SuperNode when it has started its second ClientApp: the first answers the roll-call."""
+
+    def is_busy() -> bool:
+        return any("flwr-clientapp" in args for _, args in children(node.pid))
+
+    for state in (True, False, True):
+        wait_for(lambda state=state: is_busy() == state)
+    os.killpg(node.pid, signal.SIGKILL)
+    node.wait()
+
+
+def test_a_killed_supernode_is_left_out_and_takes_part_again_when_it_is_back(federation, settings):
+    settings = settings | {"num_server_rounds": 3, "fraction_clients_train": 1.0, "train_timeout": 30.0}
+    killed = restarted = False
+    log = []
+    for line in federation.lines(**settings):
+        log.append(line)
+        if "Starting round 1/" in line and not killed:
+            killed = True
+            kill_while_it_trains(federation.supernodes[1])
+        if "Starting round 2/" in line and not restarted:
+            restarted = True
+            federation.start_supernode(1)
+    run = federation.flwr.finished("".join(log))
+    assert run.status == "finished:completed", run.log
+    rows = run.results[1:]
+    assert (rows[0]["train_sampled"], rows[0]["train_received"], rows[0]["train_failed"]) == (3, 2, 1)
+    assert rows[0]["seconds_train"] < 40
+    assert re.search(r"Round 1: left out node \d+ \(partition 1\) \(train\)", run.log)
+    assert rows[2]["train_received"] == 3
+
+
+def test_a_killed_serverapp_is_resumed_to_the_same_bits(federation, settings):
+    whole = federation.run(**settings)
+    log = []
+    for line in federation.lines(**settings):
+        log.append(line)
+        if "Starting round 2/" in line:
+            (pid,) = [p for p, args in children(federation.superlink.pid) if "flwr-serverapp" in args]
+            os.kill(pid, signal.SIGKILL)
+            break
+    directory = federation.flwr.finished("".join(log)).directory
+    assert len(results(directory)) == 2
+    resumed = federation.run(**settings, resume_from=str(directory))
+    assert resumed.status == "finished:completed", resumed.log
+    assert results(directory) == results(whole.directory)
+    assert same_bits(model(directory), model(whole.directory))
+
+
+def test_private_keys_are_for_their_owner_only_and_nothing_secret_leaks(federation):
+    private = [*federation.state.glob("keys/node-?"), federation.certificates / "server.key"]
+    assert len(private) == NODES + 1
+    secrets = []
+    for path in private:
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        secrets.append(path.read_text().splitlines()[1].encode())
+    assert not (federation.certificates / "ca.key").exists()
+    for path in federation.state.rglob("*"):
+        if path.is_file() and path not in private:
+            content = path.read_bytes()
+            assert not any(secret in content for secret in secrets), path
+            assert b"PRIVATE KEY" not in content, path
+
+
+def test_nothing_that_exists_is_overwritten(tmp_path):
+    make_certificates(tmp_path / "certificates")
+    make_node_key(tmp_path / "node")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    make_certificates(tmp_path / "certificates")
+    make_node_key(tmp_path / "node")
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_partitions_are_written_for_each_node_with_a_picture_and_never_over_others(tmp_path, tiny_dataset):
+    command = [sys.executable, "-m", "deploy.prepare_partitions", "--nodes", "3", "--dataset", tiny_dataset]
+    command += ["--out", str(tmp_path / "parts")]
+    first = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert first.returncode == 0, first.stderr
+    assert {p.name for p in (tmp_path / "parts").iterdir()} == {"node-0", "node-1", "node-2", "labels.png"}
+    second = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert second.returncode == 2
+    assert "exists" in second.stderr
