@@ -49,7 +49,8 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 import numpy as np
 
-client, server = ClientApp(), ServerApp()
+client = ClientApp()
+server = ServerApp()
 
 @client.train()
 def train(msg, context):
