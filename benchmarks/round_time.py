@@ -5,7 +5,7 @@
 
 - floor: exactly the work of a round (the cohort's SGD steps, the central evaluation, the
   opted-in nodes' evaluation) in as many single-thread processes as the simulation has workers,
-  on tensors in memory, normalised before: no Flower, no messages, no data loading;
+  on decoded tensors in memory: no Flower, no messages, no data loading;
 - app: the real `flwr run`, the median of the rounds after the first, without stragglers; and
   once more with the default ones;
 - engine: an app whose handlers do nothing, under the same `flwr run`: start-up and cost a message.
@@ -121,7 +121,7 @@ def floor_worker(tasks: Any, done: Any, dataset: str) -> None:
                 split = task.Split(whole.images.chunk(4)[number], whole.labels.chunk(4)[number])
             else:
                 split = task.load_partition(part, channels, number, NODES, dataset, "dirichlet", 1.0, 42)
-            ready[part, number] = (task.normalise(split.images), split.labels)
+            ready[part, number] = (split.images, split.labels)
         return ready[part, number]
 
     while (work := tasks.get()) is not None:
@@ -133,12 +133,12 @@ def floor_worker(tasks: Any, done: Any, dataset: str) -> None:
                 optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, fused=True)
                 for rows in torch.randperm(len(labels)).split(32):  # type: ignore[no-untyped-call]
                     optimizer.zero_grad()
-                    F.cross_entropy(net(images[rows]), labels[rows]).backward()  # type: ignore[no-untyped-call]
+                    F.cross_entropy(net(task.normalise(images[rows])), labels[rows]).backward()  # type: ignore[no-untyped-call]
                     optimizer.step()
             else:
                 with torch.inference_mode():
                     for start in range(0, len(labels), 500):
-                        net(images[start : start + 500]).argmax(1)
+                        net(task.normalise(images[start : start + 500])).argmax(1)
         done.put(None)
 
 

@@ -36,7 +36,7 @@ MAX_EXAMPLES = 10**9  # more than any node has: a weight beyond it would drown a
 MAX_PARTITION = 2**31  # as above, for what a node says of itself
 NPY_HEADER = 4096  # bytes that an array may be longer than its values
 PULL_WINDOW = 8  # models that are fetched ahead of their turn, at most
-POLL_PAUSE = (0.02, 0.2)  # seconds between two looks for replies: while some come, and while none do
+POLL_PAUSE = (0.01, 0.1)  # seconds between two looks for replies: while some come, and while none do
 
 app = ServerApp()
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch._dynamo  # the first optimizer of a process imports it: seconds that no deadline allows for
 
-from pytorch_example_low_level import client_app, server_app, task
+from pytorch_example_low_level import client_app, server_app, task, utils
 from tests.grid import InProcessGrid, make_context, run_config
 
 torch.set_num_threads(1)
@@ -72,6 +72,14 @@ class App:
 def app(tiny_dataset, tmp_path) -> App:
     """The app, with an output directory of its own."""
     return App(tiny_dataset, tmp_path / "outputs")
+
+
+@pytest.fixture
+def quick_plot(monkeypatch) -> None:
+    """An empty plot: for the many tests that run the loop for something else."""
+    from matplotlib.figure import Figure
+
+    monkeypatch.setattr(utils, "plot_results", lambda results: Figure(figsize=(1, 1)))
 
 
 def results(directory: Path, *, times: bool = False) -> list[dict]:

@@ -16,6 +16,8 @@ from pytorch_example_low_level import client_app
 from pytorch_example_low_level.config import UserError
 from tests.conftest import model, results, same_bits
 
+pytestmark = pytest.mark.usefixtures("quick_plot")
+
 FAULTY = 2  # the partition that misbehaves; the cohort is everybody
 ROUNDS = 2
 

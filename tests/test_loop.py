@@ -17,6 +17,9 @@ from tests.conftest import model, results, same_bits
 from tests.grid import InProcessGrid, make_context
 
 
+pytestmark = pytest.mark.usefixtures("quick_plot")
+
+
 def test_a_run_leaves_the_files_and_figures_that_the_design_promises(app):
     directory = app.run(num_server_rounds=3, lr_decay_every=2, opt_in_probability=1.0)
     files = {str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file()}

@@ -10,6 +10,8 @@ from pytorch_example_low_level import server_app, utils
 from pytorch_example_low_level.config import UserError
 from tests.conftest import model, results, same_bits
 
+pytestmark = pytest.mark.usefixtures("quick_plot")
+
 ROUNDS = 4
 SETTINGS = {"num_server_rounds": ROUNDS, "lr_decay_every": 2}
 

@@ -249,6 +249,15 @@ def test_images_of_varying_size_and_mode_become_32x32_rgb(tmp_path):
     assert data.images[1, :, 16, 16].tolist() == [1, 2, 3]
 
 
+def test_28x28_among_32x32_gets_a_black_frame(tmp_path):
+    features = {"image": datasets.Image(), "label": LABEL}
+    images = [picture("L", (28, 28), 7), picture("L", (32, 32), 9)]
+    data, _ = task.load_test_split(write(tmp_path, features, {"image": images, "label": [0, 1]}))
+    assert data.images.shape == (2, 1, 32, 32)
+    assert data.images[0, 0, 2:-2, 2:-2].unique().tolist() == [7]
+    assert data.images[0].sum() == 7 * 28 * 28
+
+
 def test_a_nodes_own_folder_is_split_like_a_partition(tmp_path, tiny_dataset):
     rows = datasets.load_dataset(tiny_dataset, split="train").select(range(20))
     rows.save_to_disk(tmp_path / "mine")

@@ -249,7 +249,9 @@ def test_no_credentials_or_network_means_offline_and_never_stops_a_run(app, monk
 def test_a_run_that_fails_closes_wandb_and_keeps_its_files(app, monkeypatch):
     finished = []
     monkeypatch.setattr(
-        utils, "finish_wandb", lambda run, directory, state, code: finished.append(code) or run.finish(code)
+        utils,
+        "finish_wandb",
+        lambda run, directory, state, exit_code: finished.append(exit_code) or run.finish(exit_code),
     )
 
     def crash(*args):
