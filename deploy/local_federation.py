@@ -49,7 +49,7 @@ def pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     )
 
 
-def make_certificates(folder: Path, hosts: Sequence[str] = (HOST, "localhost")) -> None:
+def make_certificates(folder: Path, hosts: Sequence[str] = (HOST, "localhost", "superlink")) -> None:
     """Make a CA (`ca.crt`) and the SuperLink's certificate and key (`server.crt`, `server.key`).
 
     The CA's own key is not kept: it can sign nothing else, and nobody can steal it.

@@ -16,7 +16,6 @@ from pytorch_example_low_level.server_app import Node, sample_cohort
 from tests.conftest import model, results, same_bits
 from tests.grid import InProcessGrid, make_context
 
-
 pytestmark = pytest.mark.usefixtures("quick_plot")
 
 
