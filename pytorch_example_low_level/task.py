@@ -289,16 +289,22 @@ def _to_split(rows: datasets.Dataset, in_channels: int) -> Split:
     pixels, labels = columns["pixels"].to_pylist(), columns["label"].to_pylist()
     if any(label is None or label < 0 for label in labels):
         raise DataError("some images have no label")
-    sides = {size: math.isqrt(size // in_channels) for size in {len(image) for image in pixels}}
-    side = max(sides.values(), default=28)
-    arrays = [np.frombuffer(image, np.uint8).reshape(-1, sides[len(image)], in_channels) for image in pixels]
-    if len(sides) > 1:  # 28x28 among 32x32: a black frame makes them equal
-        arrays = [np.pad(a, [((side - len(a)) // 2,) * 2] * 2 + [(0, 0)]) for a in arrays]
-    images = np.array(arrays, dtype=np.uint8).reshape(len(arrays), side, side, in_channels)
+    sizes = {len(image) for image in pixels}
+    side = math.isqrt(max(sizes, default=28 * 28 * in_channels) // in_channels)
+    if len(sizes) > 1:  # 28x28 among 32x32: a black frame makes them equal
+        pixels = [_frame(image, side, in_channels) for image in pixels]
+    images = np.frombuffer(b"".join(pixels), np.uint8).reshape(-1, side, side, in_channels)
     return Split(
-        torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))),
+        torch.from_numpy(images.transpose(0, 3, 1, 2).copy(order="C")),
         torch.tensor(labels, dtype=torch.int64),
     )
+
+
+def _frame(image: bytes, side: int, in_channels: int) -> bytes:
+    """Centre a smaller image on a black one of `side` x `side`."""
+    array = np.frombuffer(image, np.uint8).reshape(-1, math.isqrt(len(image) // in_channels), in_channels)
+    margin = (side - len(array)) // 2
+    return np.pad(array, [(margin, margin), (margin, margin), (0, 0)]).tobytes()
 
 
 @contextmanager
