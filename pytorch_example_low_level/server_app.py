@@ -254,7 +254,7 @@ def train(
         log(WARNING, "Round %s: no usable TRAIN reply; the global model stays as it is.", server_round)
     train_loss, _ = utils.weighted_mean_std(losses, weights)
     outcome: Row = {f"train_{k}": tally[k] for k in ("received", "failed", "rejected")}
-    return mean or model, outcome | {"train_loss": train_loss}
+    return model if mean is None else mean, outcome | {"train_loss": train_loss}
 
 
 def weighted_mean(updates: Iterable[tuple[StateDict, int]], like: StateDict) -> StateDict | None:
