@@ -125,11 +125,13 @@ def start_intruders(federation: Federation, folder: Path) -> dict[str, subproces
 def kill_while_it_trains(node: subprocess.Popen) -> None:
     """Kill a SuperNode when it has started its second ClientApp: the first answers the roll-call."""
 
-    def is_busy() -> bool:
-        return any("flwr-clientapp" in args for _, args in children(node.pid))
+    seen: set[int] = set()
 
-    for state in (True, False, True):
-        wait_for(lambda state=state: is_busy() == state)
+    def has_started_the_second() -> bool:
+        seen.update(pid for pid, args in children(node.pid) if "flwr-clientapp" in args)
+        return len(seen) > 1
+
+    wait_for(has_started_the_second)
     os.killpg(node.pid, signal.SIGKILL)
     node.wait()
 
