@@ -64,13 +64,28 @@ def start(command: Sequence[str], cwd: Path, env: Mapping[str, str], log: Path) 
         )
 
 
+def family(pid: int) -> dict[int, str]:
+    """Return the living descendants of a process: process id -> command line."""
+    # -ww: without a terminal, ps may cut lines at 80 columns.
+    listing = subprocess.run(["ps", "-ww", "-eo", "pid,ppid,stat,args"], capture_output=True, text=True, check=True)
+    rows = [line.split(None, 3) for line in listing.stdout.splitlines()[1:]]
+    found = {pid}
+    while more := {int(p) for p, parent, *_ in rows if int(parent) in found} - found:
+        found |= more
+    return {int(p): args for p, _, state, args in rows if int(p) in found - {pid} and state[0] != "Z"}
+
+
 def stop(process: subprocess.Popen[bytes]) -> None:
     """End a process and all that it started: first kindly, then not."""
+    started = family(process.pid)
     for sig in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, sig)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(10)
+    for pid in started:  # some have left the session, and live on without their parent
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 class FlowerCli:

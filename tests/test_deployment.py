@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.simulation import LocalSuperLink
-from deploy.cli import PROJECT, free_port, start, stop
+from deploy.cli import PROJECT, family, free_port, start, stop
 from deploy.local_federation import HOST, Federation, make_certificates, make_node_key
 from deploy.prepare_partitions import write_partitions
 from tests.conftest import model, results, same_bits
@@ -49,15 +49,6 @@ INTRUDERS = {
 @pytest.fixture
 def settings(tiny_dataset) -> dict:
     return SETTINGS | {"dataset": tiny_dataset}
-
-
-def children(pid: int) -> list[tuple[int, str]]:
-    listing = subprocess.run(["ps", "-eo", "pid,ppid,stat,args"], capture_output=True, text=True, check=True).stdout
-    rows = [line.split(None, 3) for line in listing.splitlines()[1:]]
-    family = {pid}
-    for _ in range(5):
-        family |= {int(p) for p, parent, *_ in rows if int(parent) in family}
-    return [(int(p), args) for p, _, state, args in rows if int(p) in family - {pid} and state[0] != "Z"]
 
 
 def wait_for(condition, seconds: float = 90) -> None:
@@ -128,7 +119,7 @@ def kill_while_it_trains(node: subprocess.Popen) -> None:
     seen: set[int] = set()
 
     def has_started_the_second() -> bool:
-        seen.update(pid for pid, args in children(node.pid) if "flwr-clientapp" in args)
+        seen.update(pid for pid, args in family(node.pid).items() if "flwr-clientapp" in args)
         return len(seen) > 1
 
     wait_for(has_started_the_second)
@@ -163,7 +154,7 @@ def test_a_killed_serverapp_is_resumed_to_the_same_bits(federation, whole, setti
     for line in federation.lines(**settings):
         log.append(line)
         if "Starting round 2/" in line:
-            (pid,) = [p for p, args in children(federation.superlink.pid) if "flwr-serverapp" in args]
+            (pid,) = [p for p, args in family(federation.superlink.pid).items() if "flwr-serverapp" in args]
             os.kill(pid, signal.SIGKILL)
             break
     directory = federation.flwr.finished("".join(log)).directory

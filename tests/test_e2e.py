@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks.simulation import LocalSuperLink
-from deploy.cli import BIN, PROJECT
+from deploy.cli import BIN, PROJECT, family
 from tests.conftest import model, results, same_bits
 
 pytestmark = pytest.mark.e2e
@@ -103,12 +103,7 @@ def test_a_data_set_that_is_not_there_ends_the_run_with_one_error(superlink, tmp
 
 def simulations(superlink: LocalSuperLink) -> list[int]:
     """The processes in which the ServerApp runs now: among those that the SuperLink started."""
-    listing = subprocess.run(["ps", "-eo", "pid,ppid,stat,args"], capture_output=True, text=True, check=True).stdout
-    rows = [line.split(None, 3) for line in listing.splitlines()[1:]]
-    family = {superlink.process.pid}
-    for _ in range(5):  # generations
-        family |= {int(pid) for pid, ppid, *_ in rows if int(ppid) in family}
-    return [int(p) for p, _, stat, args in rows if int(p) in family and "flwr-simulation" in args and stat[0] != "Z"]
+    return [pid for pid, args in family(superlink.process.pid).items() if "flwr-simulation" in args]
 
 
 def run_until(superlink: LocalSuperLink, pattern: str, seconds: float, action, **settings) -> Path:
@@ -122,8 +117,8 @@ def run_until(superlink: LocalSuperLink, pattern: str, seconds: float, action, *
             directory = Path(found.group(1))
         if re.search(pattern, plain):
             time.sleep(seconds)
-            for pid in simulations(superlink):
-                action(pid, run_id)
+            (pid,) = simulations(superlink)
+            action(pid, run_id)
             break
     deadline = time.monotonic() + 60
     while simulations(superlink) and time.monotonic() < deadline:
