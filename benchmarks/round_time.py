@@ -3,12 +3,15 @@
     python -m benchmarks.round_time --out round_time.json
     python -m benchmarks.round_time --dataset /absolute/path/fashion_mnist --scale
 
-- floor: exactly the work of a round (the cohort's SGD steps, the central evaluation, the
-  opted-in nodes' evaluation) in as many single-thread processes as the simulation has workers,
-  on decoded tensors in memory: no Flower, no messages, no data loading;
+- floor: exactly the work of the app's rounds (the same cohorts' SGD steps, the central
+  evaluation, the same opted-in nodes' evaluation) in as many single-thread processes as the
+  simulation has workers, on decoded tensors in memory: no Flower, no messages, no data loading;
 - app: the real `flwr run`, the median of the rounds after the first, without stragglers; and
   once more with the default ones;
-- engine: an app whose handlers do nothing, under the same `flwr run`: start-up and cost a message.
+- engine: an app whose handlers do nothing, under the same `flwr run`: start-up, and what a
+  round's messages cost.
+
+Floor and app take turns, so that a noisy neighbour hits both.
 
 `--scale` adds what 1,000 nodes and a 10 MB model cost; that takes some minutes more.
 """
@@ -26,6 +29,7 @@ import subprocess
 import tempfile
 import threading
 import time
+import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,10 +37,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from flwr.app import Context, RecordDict
 
 from benchmarks.simulation import LocalSuperLink
 from deploy.cli import PROJECT, FinishedRun
 from pytorch_example_low_level import task
+from pytorch_example_low_level.config import RunConfig
+from pytorch_example_low_level.server_app import Node, sample_cohort
+from pytorch_example_low_level.utils import Purpose, random_stream
 
 WORKERS = os.cpu_count() or 1
 NODES, SAMPLED = 50, 10
@@ -56,6 +64,10 @@ server = ServerApp()
 def train(msg, context):
     return Message(RecordDict({"arrays": msg.content["arrays"], "metrics": MetricRecord({"n": 1})}), reply_to=msg)
 
+@client.evaluate()
+def evaluate(msg, context):
+    return Message(RecordDict({"metrics": MetricRecord({"n": 1})}), reply_to=msg)
+
 @client.query()
 def query(msg, context):
     return Message(RecordDict({"config": ConfigRecord({"n": 1})}), reply_to=msg)
@@ -69,7 +81,7 @@ def main(grid, context):
     arrays = ArrayRecord([np.zeros(cfg["parameters"], dtype=np.float32)])
     def exchange(kind, count):
         started = time.monotonic()
-        content = {"arrays": arrays} if kind == MessageType.TRAIN else {}
+        content = {} if kind == MessageType.QUERY else {"arrays": arrays}
         content = RecordDict(content | {"config": ConfigRecord({"lr": 0.1})})
         messages = [Message(content, node, kind) for node in nodes[:count]]
         replies = list(grid.send_and_receive(messages))
@@ -79,6 +91,7 @@ def main(grid, context):
     for _ in range(cfg["rounds"]):
         exchange(MessageType.TRAIN, cfg["sampled"])
         exchange(MessageType.QUERY, len(nodes))
+        exchange(MessageType.EVALUATE, cfg["opted-in"])
 """
 
 NOOP_PROJECT = """
@@ -100,6 +113,7 @@ clientapp = "noop.app:client"
 [tool.flwr.app.config]
 expected = 50
 sampled = 10
+opted-in = 25
 rounds = 3
 parameters = 80202
 """
@@ -108,28 +122,44 @@ parameters = 80202
 # ---------------------------------------------------------------------------------- Floor
 
 
-def floor_worker(tasks: Any, done: Any, dataset: str) -> None:
-    """Do pieces of work on tensors that are made ready when they are first needed."""
+def cohorts(dataset: str, rounds: int) -> list[list[tuple[str, int]]]:
+    """Return the pieces of work of each round of the app, the large ones first."""
+    defaults = tomllib.loads((PROJECT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
+    config = RunConfig.from_context(Context(0, 0, {}, RecordDict(), defaults | {"dataset": dataset}))
+    nodes = [Node(partition, partition) for partition in range(NODES)]
+
+    def opts_in(server_round: int, partition: int) -> bool:
+        _delay, chance = random_stream(config.seed, Purpose.QUERY, server_round, partition).random(2)
+        return bool(chance < config.opt_in_probability)
+
+    return [
+        [("train", node.key) for node in sample_cohort(nodes, config, server_round)]
+        + [("test", quarter) for quarter in range(4)]
+        + [("validation", node.key) for node in nodes if opts_in(server_round, node.key)]
+        for server_round in range(1, rounds + 1)
+    ]
+
+
+def floor_worker(mine: Any, shared: Any, done: Any, dataset: str) -> None:
+    """Prepare the tensors of a round; then do pieces of its work for as long as there are any."""
     torch.set_num_threads(1)
-    ready: dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]] = {}
-    channels = task.load_test_split(dataset)[0].images.shape[1]
+    test_split, classes = task.load_test_split(dataset)
+    channels = test_split.images.shape[1]
+    quarters = torch.arange(len(test_split)).chunk(4)  # so that the workers can share it
 
-    def tensors(part: str, number: int) -> tuple[torch.Tensor, torch.Tensor]:
-        if (part, number) not in ready:
-            if part == "test":  # in quarters, so that the workers can share it
-                whole = task.load_test_split(dataset)[0]
-                split = task.Split(whole.images.chunk(4)[number], whole.labels.chunk(4)[number])
-            else:
-                split = task.load_partition(part, channels, number, NODES, dataset, "dirichlet", 1.0, 42)
-            ready[part, number] = (split.images, split.labels)
-        return ready[part, number]
+    def split(part: str, number: int) -> task.Split:
+        if part == "test":
+            return test_split[quarters[number]]
+        train, validation = task.load_partition(channels, number, NODES, dataset, "dirichlet", 1.0, 42)
+        return train if part == "train" else validation
 
-    while (work := tasks.get()) is not None:
-        part, number, prepare = work
-        images, labels = tensors(part, number)
-        if not prepare:
-            net = task.Net.initial(channels, 10, 0).to(memory_format=torch.channels_last)
-            if part == "train":
+    while (pieces := mine.get()) is not None:
+        tensors = {piece: split(*piece) for piece in pieces}
+        done.put("prepared")
+        while (piece := shared.get()) is not None:
+            images, labels = tensors[piece].images, tensors[piece].labels
+            net = task.Net.initial(channels, classes, 0).to(memory_format=torch.channels_last)
+            if piece[0] == "train":
                 optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, fused=True)
                 for rows in torch.randperm(len(labels)).split(32):  # type: ignore[no-untyped-call]
                     optimizer.zero_grad()
@@ -139,38 +169,30 @@ def floor_worker(tasks: Any, done: Any, dataset: str) -> None:
                 with torch.inference_mode():
                     for start in range(0, len(labels), 500):
                         net(task.normalise(images[start : start + 500])).argmax(1)
-        done.put(None)
+        done.put("worked")
 
 
 def floor(dataset: str, rounds: int) -> list[float]:
-    """Return the seconds of each round's bare work, in WORKERS processes."""
+    """Return the seconds of the bare work of each round after the first, in WORKERS processes."""
     context = multiprocessing.get_context("spawn")
-    tasks, done = [context.Queue() for _ in range(WORKERS)], context.Queue()
-    workers = [context.Process(target=floor_worker, args=(queue, done, dataset)) for queue in tasks]
+    shared, done, own = context.Queue(), context.Queue(), [context.Queue() for _ in range(WORKERS)]
+    workers = [context.Process(target=floor_worker, args=(mine, shared, done, dataset)) for mine in own]
     for worker in workers:
         worker.start()
-
-    def do(pieces: list[tuple[str, int]], *, prepare: bool) -> None:
-        # The large pieces first, in turns: the workers end at about the same time.
-        count = 0
-        for index, (part, number) in enumerate(pieces):
-            for worker in range(WORKERS) if prepare else [index % WORKERS]:
-                tasks[worker].put((part, number, prepare))
-                count += 1
-        for _ in range(count):
-            done.get()
-
     seconds = []
-    for server_round in range(rounds):
-        cohort = [(7 * i + server_round) % NODES for i in range(SAMPLED)]
-        pieces = [("train", p) for p in cohort] + [("test", q) for q in range(4)]
-        pieces += [("validation", (2 * i + server_round) % NODES) for i in range(NODES // 2)]
-        do(pieces, prepare=True)
+    for pieces in cohorts(dataset, rounds):
+        for mine in own:
+            mine.put(pieces)
+        for _ in workers:
+            done.get()
         started = time.monotonic()
-        do(pieces, prepare=False)
+        for piece in [*pieces, *[None] * WORKERS]:
+            shared.put(piece)
+        for _ in workers:
+            done.get()
         seconds.append(time.monotonic() - started)
-    for queue in tasks:
-        queue.put(None)
+    for mine in own:
+        mine.put(None)
     for worker in workers:
         worker.join()
     return seconds[1:]  # in the first, PyTorch still makes up its mind
@@ -244,13 +266,13 @@ def big_app(folder: Path) -> Path:
 
 def engine_seconds(watched: Watched, kind: str) -> float:
     """Return the median seconds a message of the no-op app."""
-    found = re.findall(rf"NOOP {kind} (\d+) ([\d.]+)", watched.run.log)[1:] or [("1", "nan")]
+    found = re.findall(rf"NOOP {kind} (\d+) ([\d.]+)", watched.run.log)[1:]
     return statistics.median(float(seconds) / int(count) for count, seconds in found)
 
 
-def steady(watched: Watched, value: Callable[[dict[str, Any]], float]) -> float:
-    """Return the median of a figure over the rounds after the first."""
-    return statistics.median(value(row) for row in watched.run.results[2:])
+def median_of(rows: list[dict[str, Any]], key: str) -> float:
+    """Return the median of a figure of results.json over rounds."""
+    return float(statistics.median(row[key] for row in rows))
 
 
 # ----------------------------------------------------------------------------------- Figures
@@ -265,29 +287,43 @@ def measure(
     first_reply = {"first TRAIN reply": r"Received 1/1 results \(TRAIN\)"}
     one = {"fraction_clients_train": 0.001, "min_train_nodes": 1, "num_server_rounds": 1}
 
-    say("floor")
-    figures["floor: s a round"] = statistics.median(floor(dataset, rounds + 1))
-    say("app without stragglers")
-    quick = watch(superlink, {}, num_server_rounds=rounds, query_max_delay=0.0, query_timeout=30.0, **common)
-    figures["app: s a round"] = steady(quick, lambda row: row["seconds_total"])
-    for phase in ("train", "query", "evaluate"):
-        figures[f"app: s in {phase.upper()}"] = steady(quick, lambda row, phase=phase: row[f"seconds_{phase}"])  # type: ignore[misc]
+    bare: list[float] = []
+    rows: dict[str, list[dict[str, Any]]] = {"app": [], "app, stragglers": []}
+    for turn in (1, 2):
+        say(f"floor ({turn} of 2)")
+        bare += floor(dataset, rounds)
+        say(f"app without stragglers ({turn} of 2)")
+        quick = watch(superlink, {}, num_server_rounds=rounds, query_max_delay=0.0, query_timeout=30.0, **common)
+        rows["app"] += quick.run.results[2:]  # row 0 is the initial model; in round 1 the workers still load data
     say("app with the default stragglers")
-    slow = watch(superlink, {}, num_server_rounds=rounds, **common)
-    figures["app, stragglers: s a round"] = steady(slow, lambda row: row["seconds_total"])
-    figures["app, stragglers: s a round, without the deadline's 2 s"] = figures["app, stragglers: s a round"] - 2.0
+    rows["app, stragglers"] = watch(superlink, {}, num_server_rounds=rounds, **common).run.results[2:]
+    figures["floor: s a round"] = statistics.median(bare)
+    for name, of in rows.items():
+        figures[f"{name}: s a round"] = median_of(of, "seconds_total")
+    for phase in ("train", "query", "evaluate"):
+        figures[f"app: s in {phase.upper()}"] = median_of(rows["app"], f"seconds_{phase}")
+    query_timeout = 2.0  # the default: with stragglers, QUERY always lasts until then
+    figures["app, stragglers: s a round, without the deadline's 2 s"] = (
+        figures["app, stragglers: s a round"] - query_timeout
+    )
     say("start-up of app and engine, three times each")
     noop = noop_app(folder / "noop-app")
     engine_first = {"first TRAIN reply": "NOOP train"}
     starts: dict[str, list[float]] = {"app": [], "engine": []}
     for _ in range(3):
         app = watch(superlink, first_reply, **one, query_max_delay=0.0, **common)
-        engine = watch(superlink, engine_first, nodes=NODES, app=noop, sampled=1)
+        engine = watch(superlink, engine_first, nodes=NODES, app=noop)
         for name, watched in (("app", app), ("engine", engine)):
             starts[name].append(watched.seconds_to["first TRAIN reply"])
+    figures["engine: s for a round's messages"] = sum(
+        engine_seconds(engine, kind) * count for kind, count in (("train", 10), ("query", 50), ("evaluate", 25))
+    )
     figures |= {f"{name}: s to the first TRAIN reply": statistics.median(v) for name, v in starts.items()}
 
     figures["app / floor, a round"] = figures["app: s a round"] / figures["floor: s a round"]
+    figures["app / (floor + engine), a round"] = figures["app: s a round"] / (
+        figures["floor: s a round"] + figures["engine: s for a round's messages"]
+    )
     figures["stragglers / none, a round without the deadline's 2 s"] = (
         figures["app, stragglers: s a round, without the deadline's 2 s"] / figures["app: s a round"]
     )
@@ -310,7 +346,7 @@ def measure_scale(superlink: LocalSuperLink, folder: Path, say: Callable[[str], 
         say(f"{nodes} nodes, app and engine")
         app[nodes] = watch(superlink, {}, nodes=nodes, fraction_clients_train=0.1, **settings)
         engine[nodes] = watch(superlink, {}, nodes=nodes, app=noop, expected=nodes, sampled=nodes // 10)
-    figures["1,000 nodes: app, ms a QUERY"] = 1000 * steady(app[1000], lambda row: row["seconds_query"] / 1000)
+    figures["1,000 nodes: app, ms a QUERY"] = median_of(app[1000].run.results[2:], "seconds_query")
     figures["1,000 nodes: engine, ms a QUERY"] = 1000 * engine_seconds(engine[1000], "query")
     figures["1,000 nodes: app / engine, a QUERY"] = (
         figures["1,000 nodes: app, ms a QUERY"] / figures["1,000 nodes: engine, ms a QUERY"]
@@ -342,7 +378,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args()
     started, steps = time.monotonic(), iter(range(1, 100))
-    total = 4 + 4 * args.scale
+    total = 6 + 4 * args.scale
 
     def say(what: str) -> None:
         print(f"[{next(steps)}/{total}, {time.monotonic() - started:.0f} s] measuring: {what} ...", flush=True)

@@ -36,7 +36,7 @@ MAX_EXAMPLES = 10**9  # more than any node has: a weight beyond it would drown a
 MAX_PARTITION = 2**31  # as above, for what a node says of itself
 NPY_HEADER = 4096  # bytes that an array may be longer than its values
 PULL_WINDOW = 8  # models that are fetched ahead of their turn, at most
-POLL_PAUSE = (0.01, 0.1)  # seconds between two looks for replies: while some come, and while none do
+POLL_PAUSE = (0.01, 0.1)  # seconds between two looks for replies: soon after one came, and later on
 
 app = ServerApp()
 
@@ -526,7 +526,7 @@ class Mailbox:
         waiting = {i: node for i, node in zip(batch.message_ids, batch.nodes, strict=True) if i is not None}
         arrived: dict[str, Message] = {}
         log_at = time.monotonic() + 10
-        pause, longest_pause = POLL_PAUSE
+        last_reply = time.monotonic()
         for node, message_id in zip(batch.nodes, batch.message_ids, strict=True):
             while message_id in waiting:
                 if not threading.main_thread().is_alive():
@@ -543,9 +543,11 @@ class Mailbox:
                 if last_look and batch.message_type == MessageType.QUERY:
                     forget_at = batch.deadline + REPLY_GRACE / 2
                     self._late |= {i: forget_at for i in wanted if i not in replies}
-                if message_id in waiting:
-                    pause = POLL_PAUSE[0] if replies else min(2 * pause, longest_pause)
-                    time.sleep(max(0.0, min(pause, batch.deadline - time.monotonic())))
+                now = time.monotonic()
+                last_reply = now if replies else last_reply
+                if message_id in waiting:  # nothing waits in vain for more than a tenth of its time
+                    pause = float(np.clip((now - last_reply) / 10, *POLL_PAUSE))
+                    time.sleep(max(0.0, min(pause, batch.deadline - now)))
                 if time.monotonic() >= log_at:
                     log_at += 10
                     done = len(batch.nodes) - len(waiting)

@@ -121,10 +121,13 @@ class Split:
         """Return N."""
         return len(self.labels)
 
+    def __getitem__(self, rows: Tensor) -> Split:
+        """Return a copy of some of the rows."""
+        return Split(self.images[rows], self.labels[rows])
+
 
 @lru_cache(maxsize=256)
 def load_partition(
-    part: str,
     in_channels: int,
     partition_id: int,
     num_partitions: int,
@@ -132,22 +135,22 @@ def load_partition(
     partitioner: str,
     alpha: float,
     seed: int,
-) -> Split:
-    """Load the "train" (80 %) or "validation" (20 %) part of one partition of a data set.
+) -> tuple[Split, Split]:
+    """Load the training (80 %) and the validation (20 %) split of one partition of a data set.
 
-    A process keeps the 256 parts that it used last. Where there are more nodes than that,
+    A process keeps the 256 partitions that it used last. Where there are more nodes than that,
     partitions are small; so about one copy of the training images is held at most.
 
     Raises DataError when the data set cannot be loaded, or not be split that often.
     """
     with _explained(f"partition {partition_id} of {num_partitions} of dataset {dataset!r}"):
         fds = federated_dataset(dataset, partitioner, num_partitions, alpha, seed, in_channels)
-        return _to_split(_take_part(fds.load_partition(partition_id), part, seed, partition_id), in_channels)
+        return _divide(_to_split(fds.load_partition(partition_id), in_channels), seed, partition_id)
 
 
 @lru_cache(maxsize=4)
-def load_folder(part: str, in_channels: int, path: str, partition_id: int, seed: int) -> Split:
-    """Load the "train" or "validation" part of a node's own data (`Dataset.save_to_disk`).
+def load_folder(in_channels: int, path: str, partition_id: int, seed: int) -> tuple[Split, Split]:
+    """Load the training and the validation split of a node's own data (`Dataset.save_to_disk`).
 
     Raises DataError when the folder does not hold an image-classification data set.
     """
@@ -156,8 +159,7 @@ def load_folder(part: str, in_channels: int, path: str, partition_id: int, seed:
     with _explained(f"data-path {path!r}"):
         rows = datasets.load_from_disk(path)
         rows = _canonical(rows["train"] if isinstance(rows, datasets.DatasetDict) else rows)
-        rows = _decode(_take_part(rows, part, seed, partition_id), in_channels, in_memory=True)
-        return _to_split(rows, in_channels)
+        return _divide(_to_split(_decode(rows, in_channels, in_memory=True), in_channels), seed, partition_id)
 
 
 def load_test_split(dataset: str) -> tuple[Split, int]:
@@ -276,11 +278,11 @@ def _to_pixels(batch: dict[str, list[Any]], mode: str) -> dict[str, list[bytes]]
     return {"pixels": [image.tobytes() for image in images]}
 
 
-def _take_part(rows: datasets.Dataset, part: str, seed: int, partition_id: int) -> datasets.Dataset:
-    """Choose the rows of the "train" or the "validation" part, at random but always the same."""
-    order = np.random.default_rng((seed, partition_id)).permutation(len(rows))
-    cut = int(len(rows) * VALIDATION_SHARE)
-    return rows.select(order[cut:] if part == "train" else order[:cut])
+def _divide(data: Split, seed: int, partition_id: int) -> tuple[Split, Split]:
+    """Divide a node's images into training and validation, at random but always the same."""
+    order = torch.from_numpy(np.random.default_rng((seed, partition_id)).permutation(len(data)))
+    cut = int(len(data) * VALIDATION_SHARE)
+    return data[order[cut:]], data[order[:cut]]
 
 
 def _to_split(rows: datasets.Dataset, in_channels: int) -> Split:
