@@ -30,7 +30,7 @@ class ConfigError(UserError):
     """The run configuration is wrong; the message lists every fault."""
 
 
-def first_line(error: BaseException) -> str:
+def first_line(error: BaseException | str) -> str:
     """Return what an error says, without the details that only a developer would read."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 

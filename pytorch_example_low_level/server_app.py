@@ -27,7 +27,7 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 
 from pytorch_example_low_level import task, utils
-from pytorch_example_low_level.config import REPLY_GRACE, RunConfig, UserError
+from pytorch_example_low_level.config import REPLY_GRACE, RunConfig, UserError, first_line
 from pytorch_example_low_level.utils import Purpose, Row, ServerState, StateDict
 
 T = TypeVar("T")
@@ -407,7 +407,7 @@ def usable(
                 continue
         tally[outcome] += 1
         if warn:
-            reason = " ".join(reason.split())[:300]  # a node's words: no line of its own in the log
+            reason = " ".join(first_line(reason).split())[:300]  # a node's words: no line of its own in the log
             log(WARNING, "Round %s: left out %s (%s): %s", batch.server_round, node, batch.message_type, reason)
 
 

@@ -8,6 +8,7 @@ the training itself.
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 import numpy as np
 import torch
@@ -198,6 +201,7 @@ def federated_dataset(
     Without a partitioner only whole splits can be loaded, with their rows and columns as they
     are. https://flower.ai/docs/datasets/ref-api/flwr_datasets.FederatedDataset.html
     """
+    location = _locate(dataset)  # before the imports, which read the environment
     import datasets
     from flwr_datasets import FederatedDataset
     from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner, Partitioner
@@ -222,7 +226,7 @@ def federated_dataset(
             splits["train"] = rows.shuffle(seed=seed) if partitioner == "iid" else rows
         return splits
 
-    return FederatedDataset(dataset=_locate(dataset), partitioners=partitioners, shuffle=False, preprocessor=prepare)
+    return FederatedDataset(dataset=location, partitioners=partitioners, shuffle=False, preprocessor=prepare)
 
 
 def _locate(dataset: str) -> str:
@@ -238,7 +242,24 @@ def _locate(dataset: str) -> str:
         return str(path.resolve())
     if dataset.startswith(("/", ".", "~")):
         raise DataError(f"there is no folder {path.absolute()}")
+    _go_offline_without_network()
     return dataset
+
+
+def _go_offline_without_network() -> None:
+    """Tell Hugging Face's libraries when the Hub is out of reach.
+
+    Then they take what their cache holds, or give up; by themselves they would first ask six
+    times. https://huggingface.co/docs/huggingface_hub/package_reference/environment_variables
+    """
+    if "HF_HUB_OFFLINE" in os.environ:
+        return
+    try:
+        urlopen(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=5).close()
+    except HTTPError:
+        pass  # an answer, if not a friendly one
+    except OSError:
+        os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def _canonical(rows: datasets.Dataset) -> datasets.Dataset:

@@ -1,6 +1,9 @@
 """The model, the data and the training, without Flower."""
 
 import math
+import os
+import subprocess
+import sys
 
 import datasets
 import numpy as np
@@ -209,6 +212,17 @@ def test_a_test_split_may_be_called_validation_and_its_absence_is_named(tmp_path
     assert len(task.load_test_split(str(tmp_path / "with"))[0]) == 40
     with pytest.raises(task.DataError, match=r"no split test or validation"):
         task.load_test_split(str(tmp_path / "without"))
+
+
+def test_a_hub_out_of_reach_is_asked_once_and_not_again_and_again():
+    """In a process of its own: the libraries read HF_HUB_OFFLINE when they are imported."""
+    env = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"} | {"HF_ENDPOINT": "http://127.0.0.1:9"}
+    script = "from pytorch_example_low_level import task; task.load_test_split('nobody/no-such-data-set')"
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "Cannot use dataset 'nobody/no-such-data-set'" in done.stderr
+    assert "fashion-mnist-sample" in done.stderr
+    assert "Retrying" not in done.stderr
 
 
 def write(folder, features: dict, columns: dict) -> str:

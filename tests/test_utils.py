@@ -152,20 +152,15 @@ def test_the_plot_shows_both_curves_and_the_spread_even_where_rounds_are_missing
 # ----------------------------------------------------------------------- Weights & Biases
 
 
-def test_without_wandb_the_library_is_not_even_imported():
+def test_without_wandb_the_library_is_not_even_imported(tiny_dataset, tmp_path):
     script = f"""
 import logging, sys
 from tests.conftest import App
 sys.modules["wandb"] = None  # an import would raise
-App.__init__  # the loop runs below
 from pathlib import Path
-app = App({str(PROJECT / "fashion_mnist_sample")!r}, Path(sys.argv[1]))
-app.run(num_server_rounds=1, fraction_clients_train=0.1, min_train_nodes=1, opt_in_probability=0.0)
+App({tiny_dataset!r}, Path(sys.argv[1])).run(num_server_rounds=1)
 """
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([sys.executable, "-c", script, folder], check=True, cwd=PROJECT, capture_output=True)
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, cwd=PROJECT, capture_output=True)
 
 
 def test_an_offline_run_holds_configuration_steps_histogram_plot_artifact_and_summary(app, monkeypatch, caplog):
