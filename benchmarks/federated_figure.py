@@ -1,0 +1,59 @@
+"""What the weighting by examples and the opt-in do to the federated accuracy of a finished run.
+
+    python -m benchmarks.federated_figure /absolute/path/outputs/2026-11-22/19-17-57 --nodes 50
+
+The final model is evaluated on the validation split of every node, as the nodes would do it.
+The accuracy over all of them is the truth that the run's figure estimates from those that opted
+in and answered in time; many draws of who that is show how far the estimate strays.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pytorch_example_low_level import task
+
+DRAWS = 100_000
+
+
+def evaluate_nodes(directory: Path, nodes: int) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+    """Return accuracy (nodes,) and number of validation images (nodes,), and the run's configuration."""
+    config = json.loads((directory / "run_config.json").read_text())
+    net = task.Net.from_state_dict(torch.load(directory / "final_model.pt", weights_only=True))
+    data = [config[key] for key in ("dataset", "partitioner", "dirichlet-alpha", "seed")]
+    accuracies, sizes = np.zeros(nodes), np.zeros(nodes)
+    for node in range(nodes):
+        _, validation = task.load_partition(net.in_channels, node, nodes, *data)
+        _, accuracies[node] = task.test(net, validation, torch.device("cpu"))
+        sizes[node] = len(validation)
+    return accuracies, sizes, config
+
+
+def main() -> None:
+    """Parse the command line, evaluate, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", type=Path, help="the directory of a finished run")
+    parser.add_argument("--nodes", type=int, default=50, help="nodes of that run (default: %(default)s)")
+    args = parser.parse_args()
+    accuracies, sizes, config = evaluate_nodes(args.directory, args.nodes)
+
+    opted_in = np.random.default_rng(0).random((DRAWS, args.nodes)) < config["opt-in-probability"]
+    opted_in = opted_in[opted_in.any(axis=1)]
+    weighted = opted_in @ (sizes * accuracies) / (opted_in @ sizes)
+    plain = opted_in @ accuracies / opted_in.sum(axis=1)
+    print("| | weighted by examples | every node alike |\n| --- | --- | --- |")
+    print(f"| all {args.nodes} nodes | {np.average(accuracies, weights=sizes):.3f} | {accuracies.mean():.3f} |")
+    share = f"{config['opt-in-probability']:.0%} opted in, mean ± std of {DRAWS:,} draws"
+    print(f"| {share} | {weighted.mean():.3f} ± {weighted.std():.3f} | {plain.mean():.3f} ± {plain.std():.3f} |")
+    print(f"\nAccuracy of the nodes: {accuracies.min():.3f} to {accuracies.max():.3f}")
+    print(f"Validation images of the nodes: {sizes.min():.0f} to {sizes.max():.0f}")
+
+
+if __name__ == "__main__":
+    main()
