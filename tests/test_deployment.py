@@ -149,20 +149,34 @@ def test_a_killed_supernode_is_left_out_and_takes_part_again_when_it_is_back(fed
     assert rows[2]["train_received"] == 3
 
 
-def test_a_killed_serverapp_is_resumed_to_the_same_bits(federation, whole, settings):
-    log = []
-    for line in federation.lines(**settings):
-        log.append(line)
-        if "Starting round 2/" in line:
-            (pid,) = [p for p, args in family(federation.superlink.pid).items() if "flwr-serverapp" in args]
-            os.kill(pid, signal.SIGKILL)
-            break
-    directory = federation.flwr.finished("".join(log)).directory
-    assert len(results(directory)) == 2
-    resumed = federation.run(**settings, resume_from=str(directory))
+def kill_serverapp(federation: Federation) -> None:
+    (pid,) = [p for p, args in family(federation.superlink.pid).items() if "flwr-serverapp" in args]
+    os.kill(pid, signal.SIGKILL)
+
+
+def kill_superlink(federation: Federation) -> None:
+    """Kill the SuperLink with all that it started, and start it again on its database."""
+    os.killpg(federation.superlink.pid, signal.SIGKILL)
+    federation.superlink.wait()
+    federation.start_superlink()
+    federation.wait_until_online(NODES)
+
+
+def test_a_killed_serverapp_and_a_killed_superlink_are_resumed_to_the_same_bits(federation, whole, settings):
+    directory = ""
+    for server_round, kill in ((1, kill_serverapp), (2, kill_superlink)):
+        log = []
+        for line in federation.lines(**settings, resume_from=directory):
+            log.append(line)
+            if f"Starting round {server_round}/" in line:
+                kill(federation)
+                break
+        directory = str(federation.flwr.finished("".join(log)).directory)
+        assert len(results(Path(directory))) == server_round  # round 0 has a row, too
+    resumed = federation.run(**settings, resume_from=directory)
     assert resumed.status == "finished:completed", resumed.log
-    assert results(directory) == results(whole[0].directory)
-    assert same_bits(model(directory), model(whole[0].directory))
+    assert results(resumed.directory) == results(whole[0].directory)
+    assert same_bits(model(resumed.directory), model(whole[0].directory))
 
 
 def test_private_keys_are_for_their_owner_only_and_nothing_secret_leaks(federation):

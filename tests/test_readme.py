@@ -1,6 +1,10 @@
 """What the README says is what the code does."""
 
+import importlib
+import os
 import re
+import subprocess
+import sys
 import tomllib
 import types
 from dataclasses import fields
@@ -9,6 +13,7 @@ import pytest
 import torch
 from flwr.app import MessageType
 
+from deploy.cli import BIN
 from pytorch_example_low_level import client_app, server_app, utils
 from pytorch_example_low_level.config import RunConfig
 from tests.conftest import model, results
@@ -30,8 +35,6 @@ def changed(module: types.ModuleType, **replacements: str) -> types.ModuleType:
         source = source.replace(old, new)
     copy = types.ModuleType(module.__name__ + "_changed")
     # So that dataclasses find the module in which they are defined.
-    import sys
-
     sys.modules[copy.__name__] = copy
     exec(compile(source, copy.__name__, "exec"), copy.__dict__)
     return copy
@@ -135,6 +138,43 @@ def test_every_run_config_in_a_command_is_valid(app):
     for quoted, bare in commands:
         if "..." not in quoted:
             RunConfig.from_context(make_context(defaults | parse_config_args([quoted or bare])))
+
+
+def test_the_commands_that_make_certificates_and_keys_work(tmp_path):
+    commands = re.findall(r'`python -c "([^"]*)"`', README)
+    assert len(commands) == 2
+    for command in commands:
+        exec(compile(command.replace("Path('", f"Path('{tmp_path}/"), "README.md", "exec"), {})
+    made = {p.name for p in tmp_path.rglob("*") if p.is_file()}
+    assert made == {"ca.crt", "server.crt", "server.key", "node-key", "node-key.pub"}
+
+
+@pytest.mark.parametrize("module", sorted(set(re.findall(r"python -m ((?:benchmarks|deploy)\.\w+)", README))))
+def test_every_command_of_ours_has_the_options_that_the_readme_gives_it(module, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [module, "--help"])
+    with pytest.raises(SystemExit):
+        importlib.import_module(module).main()
+    known = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
+    given = re.findall(rf"python -m {module}([^`\n]*)", README)
+    for options in given:
+        assert set(re.findall(r"(?<= )--[a-z-]+", re.sub(r'"[^"]*"', "", options))) <= known, options
+
+
+@pytest.mark.parametrize("command", ["flower-superlink", "flower-supernode", "flwr run", "flwr supernode register"])
+def test_flower_knows_every_option_that_the_readme_gives_it(command):
+    program, *rest = command.split()
+    env = os.environ | {"COLUMNS": "200", "NO_COLOR": "1"}
+    shown = subprocess.run([BIN / program, *rest, "--help"], capture_output=True, text=True, check=True, env=env)
+    known = set(re.findall(r"--[a-z-]+", shown.stdout))
+    given = re.findall(rf"{command} ([^`\n]*)", README)
+    assert given
+    for options in given:
+        assert set(re.findall(r"(?<= )--[a-z-]+", re.sub(r'"[^"]*"', "", options))) <= known, options
+
+
+def test_the_flower_configuration_is_one():
+    (block,) = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
+    assert tomllib.loads(block)["superlink"]["production"].keys() == {"address", "root-certificates"}
 
 
 def test_the_commands_for_set_up_are_complete():
