@@ -13,16 +13,15 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import re
-import shutil
 import statistics
 import tempfile
 import threading
 import time
 from pathlib import Path
 
-from deploy.cli import PROJECT, family
+from benchmarks.simulation import copy_app, report
+from deploy.cli import family
 from deploy.local_federation import Federation
 
 PHASES = ("train", "query", "evaluate")
@@ -44,9 +43,7 @@ Mailbox._pull = _timed_pull
 
 def timed_app(folder: Path) -> Path:
     """Copy the app; let it log when it looks for replies."""
-    copied = shutil.ignore_patterns(".git", "fashion_mnist_sample", "outputs", ".venv", "*_cache", "federation")
-    shutil.copytree(PROJECT, folder, ignore=copied)
-    with (folder / "pytorch_example_low_level" / "server_app.py").open("a") as file:
+    with (copy_app(folder) / "pytorch_example_low_level" / "server_app.py").open("a") as file:
         file.write(LOOKS)
     return folder
 
@@ -119,11 +116,8 @@ def main() -> None:
     figures["life of the process that answers a message, s"] = statistics.median(lifetimes)
     figures["a reply lies at the SuperLink, s, at most (median of all)"] = statistics.median(bounds)
     figures["a reply lies at the SuperLink, s, at most (worst of all)"] = max(bounds)
-    print("\n| figure | |\n| --- | --- |")
-    for key, value in figures.items():
-        print(f"| {key} | {value:.2f} |")
-    if args.out:
-        args.out.write_text(json.dumps(figures, indent=2))
+    print()
+    report(figures, args.out)
 
 
 if __name__ == "__main__":

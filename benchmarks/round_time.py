@@ -19,7 +19,6 @@ Floor and app take turns, so that a noisy neighbour hits both.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import re
@@ -39,7 +38,7 @@ import torch
 import torch.nn.functional as F
 from flwr.app import Context, RecordDict
 
-from benchmarks.simulation import LocalSuperLink
+from benchmarks.simulation import LocalSuperLink, copy_app, report
 from deploy.cli import PROJECT, FinishedRun
 from pytorch_example_low_level import task
 from pytorch_example_low_level.config import RunConfig
@@ -256,8 +255,7 @@ def noop_app(folder: Path) -> Path:
 
 def big_app(folder: Path) -> Path:
     """Copy the app with a model of 10 MB: 2,600,000 parameters."""
-    copied = shutil.ignore_patterns(".git", "fashion_mnist_sample", "outputs", ".venv", "*_cache", "federation")
-    shutil.copytree(PROJECT, folder, ignore=copied)
+    copy_app(folder)
     module = folder / "pytorch_example_low_level" / "task.py"
     source = module.read_text()
     module.write_text(source.replace("32 * 4 * 4, 128)", "32 * 4 * 4, 4900)").replace("Linear(128,", "Linear(4900,"))
@@ -389,11 +387,7 @@ def main() -> None:
             figures |= measure_scale(superlink, Path(name), say)
     cpu = subprocess.run(["uname", "-m"], capture_output=True, text=True, check=True).stdout.strip()
     print(f"\n{WORKERS} cores ({cpu}), torch {torch.__version__}, {args.dataset}; medians\n")
-    print("| figure | |\n| --- | --- |")
-    for key, value in figures.items():
-        print(f"| {key} | {value:.2f} |")
-    if args.out:
-        args.out.write_text(json.dumps(figures, indent=2))
+    report(figures, args.out)
 
 
 if __name__ == "__main__":

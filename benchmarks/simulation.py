@@ -7,13 +7,15 @@ leaves it running. Measurements and tests want one that is theirs alone, and tha
 from __future__ import annotations
 
 import contextlib
+import json
+import shutil
 import subprocess
 import time
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 
-from deploy.cli import FlowerCli, free_port, start, stop
+from deploy.cli import PROJECT, FlowerCli, free_port, start, stop
 
 
 class LocalSuperLink:
@@ -44,3 +46,19 @@ class LocalSuperLink:
     def __exit__(self, *args: object) -> None:
         """End the SuperLink and all that it started."""
         stop(self.process)
+
+
+def copy_app(folder: Path) -> Path:
+    """Copy the app, to change something in it for a measurement."""
+    left_out = shutil.ignore_patterns(".git", "fashion_mnist_sample", "outputs", ".venv", "*_cache", "federation")
+    shutil.copytree(PROJECT, folder, ignore=left_out)
+    return folder
+
+
+def report(figures: Mapping[str, float], out: Path | None) -> None:
+    """Print figures as a table in Markdown; write them as JSON where that is wanted."""
+    print("| figure | |\n| --- | --- |")
+    for key, value in figures.items():
+        print(f"| {key} | {value:.2f} |")
+    if out:
+        out.write_text(json.dumps(figures, indent=2))

@@ -17,7 +17,7 @@ from deploy.local_federation import HOST, Federation, make_certificates, make_no
 from deploy.prepare_partitions import write_partitions
 from tests.conftest import model, results, same_bits
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]  # on a busy machine a message takes a minute
 NODES = 3
 
 
