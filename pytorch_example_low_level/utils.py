@@ -310,33 +310,32 @@ def _make_run_directory(config: RunConfig) -> RunDirectory:
 
 
 def plot_results(results: Sequence[Row]) -> Figure:
-    """Draw accuracy and loss over the rounds: central, and federated with its spread."""
+    """Draw accuracy and loss over the rounds: central, and federated with its spread over the nodes."""
     from matplotlib.figure import Figure  # no pyplot: nothing global, no display
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
     for axes, name in zip(figure.subplots(1, 2), ("accuracy", "loss"), strict=True):
-        central = [(r["round"], r[f"centralized_{name}"]) for r in results if r[f"centralized_{name}"] is not None]
-        federated = [r for r in results if r[f"federated_evaluate_{name}"] is not None]
-        rounds = np.array([r["round"] for r in federated], dtype=float)
-        mean = np.array([r[f"federated_evaluate_{name}"] for r in federated], dtype=float)
-        std = np.array([r[f"federated_evaluate_{name}_std"] for r in federated], dtype=float)
-        # Blue and orange, solid and dashed: told apart without seeing colours.
-        axes.plot(
-            [server_round for server_round, _ in central],
-            [value for _, value in central],
-            color="#0072B2",
-            marker="o",
-            label="central (test split)",
-        )
+
+        def curve(key: str) -> tuple[list[float], list[float]]:
+            """Return the rounds that have this figure, and the figure."""
+            rows = [row for row in results if row[key] is not None]
+            return [float(row["round"] or 0) for row in rows], [float(row[key] or 0) for row in rows]
+
+        # Okabe and Ito's colours, each with its own line and marker: told apart without seeing colours.
+        federated = f"federated_evaluate_{name}"
+        axes.plot(*curve(f"centralized_{name}"), color="#0072B2", marker="o", label="central (test split)")
+        rounds, mean = curve(federated)
         axes.plot(rounds, mean, color="#D55E00", linestyle="--", marker="s", label="federated mean (opted-in nodes)")
-        if name == "accuracy":
-            worst = np.array([r["federated_evaluate_accuracy_p10"] for r in federated], dtype=float)
-            axes.plot(rounds, worst, color="#CC79A7", linestyle=":", marker="v", label="10th percentile of nodes")
-        axes.fill_between(rounds, mean - std, mean + std, color="#D55E00", alpha=0.2, label="± 1 std over nodes")
-        axes.set(xlabel="round", ylabel=name, title=name.capitalize())
+        low, high = np.array(mean) - curve(f"{federated}_std")[1], np.array(mean) + curve(f"{federated}_std")[1]
+        axes.fill_between(rounds, low, high, color="#D55E00", alpha=0.2, label="± 1 std over nodes")
+        if name == "accuracy":  # the nodes that a mean hides
+            axes.plot(*curve(f"{federated}_median"), color="#009E73", linestyle="-.", label="median node")
+            axes.plot(*curve(f"{federated}_p10"), color="#CC79A7", linestyle=":", marker="v", label="10th percentile")
+            axes.plot(*curve(f"{federated}_min"), color="black", linestyle="", marker="x", label="worst node")
+        axes.set(xlabel="round", ylabel="loss (cross-entropy)" if name == "loss" else name, title=name.capitalize())
         axes.locator_params(axis="x", integer=True)
         axes.grid(alpha=0.3)
-        axes.legend()
+        axes.legend(fontsize="small")
     return figure
 
 
