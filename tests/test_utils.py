@@ -137,16 +137,17 @@ def test_an_output_directory_that_cannot_be_used_is_one_clear_error(tmp_path):
 def test_the_plot_shows_both_curves_and_the_spread_even_where_rounds_are_missing():
     rows = [utils.new_row(r) | {"centralized_accuracy": r / 10, "centralized_loss": 1.0} for r in range(4)]
     rows[2] |= {f"federated_evaluate_{n}{s}": 0.5 for n in ("accuracy", "loss") for s in ("", "_std")}
-    rows[2] |= {"federated_evaluate_accuracy_p10": 0.4, "federated_evaluate_accuracy_min": 0.3}
+    rows[2] |= {f"federated_evaluate_accuracy_{k}": v for k, v in (("min", 0.3), ("p10", 0.4), ("median", 0.45))}
     for results_so_far in (rows, rows[:1], []):
         left, right = utils.plot_results(results_so_far).axes
         assert left.get_ylabel() == "accuracy"
-        assert right.get_ylabel() == "loss"
+        assert right.get_ylabel() == "loss (cross-entropy)"
         assert left.get_xlabel() == right.get_xlabel() == "round"
     left = utils.plot_results(rows).axes[0]
     assert left.lines[0].get_ydata().tolist() == [0.0, 0.1, 0.2, 0.3]
     assert left.lines[1].get_xdata().tolist() == [2.0]
-    assert len(left.get_legend().get_texts()) == 4
+    assert [line.get_ydata().tolist() for line in left.lines[2:]] == [[0.45], [0.4], [0.3]]
+    assert len(left.get_legend().get_texts()) == 6
 
 
 # ----------------------------------------------------------------------- Weights & Biases
