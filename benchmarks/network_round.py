@@ -3,9 +3,8 @@
     python -m benchmarks.network_round --nodes 3 --out network_round.json
 
 Measured in one run over TLS: the phases; how long the process lives that a SuperNode starts for
-each message; how soon the ServerApp looks again for replies while none come; and how long a
-look lasts that fetches one. The last is Flower's own time: it finds a reply as soon as its
-upload begins, and asks for parts that are not there yet again after a second.
+each message; how soon the ServerApp looks again for replies while none come; and how long it
+takes from the moment when a SuperNode has sent a reply until the ServerApp has it in hand.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import statistics
 import tempfile
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.simulation import copy_app, report
@@ -30,9 +30,10 @@ _pull = Mailbox._pull
 
 
 def _timed_pull(self, wanted, batch):
-    started = time.monotonic()
+    log(INFO, "LOOK %s %.4f", batch.message_type, time.monotonic())
     replies = _pull(self, wanted, batch)
-    log(INFO, "LOOK %s %.4f %.4f %d", batch.message_type, started, time.monotonic(), len(replies))
+    for reply in replies.values():
+        log(INFO, "PICKED %s %d %.4f", batch.message_type, reply.metadata.src_node_id, time.monotonic())
     return replies
 
 
@@ -47,46 +48,59 @@ def timed_app(folder: Path) -> Path:
     return folder
 
 
-def look_figures(log: str) -> dict[str, float]:
-    """Return how often the ServerApp looked for replies, and how long looks took (seconds)."""
-    looks = [
-        (kind, float(started), float(ended), int(found))
-        for kind, started, ended, found in re.findall(r"LOOK (\w+) ([\d.]+) ([\d.]+) (\d+)", log)
-    ]
-    # From the start of a look that found nothing to the start of the next one in the same phase.
-    gaps = [b[1] - a[1] for a, b in itertools.pairwise(looks) if a[0] == b[0] and not a[3]]
+def look_figures(log: str, sent: Mapping[int, Sequence[float]]) -> dict[str, float]:
+    """Return how often the ServerApp looked for replies, and how soon it had them (seconds).
+
+    `sent` is when each node, by its id, had sent its replies.
+    """
+    looks = re.findall(r"(LOOK|PICKED) (\w+) (?:\d+ )?([\d.]+)", log)
+    # From one look to the next in the same phase, where nothing was picked up in between.
+    gaps = [float(b[2]) - float(a[2]) for a, b in itertools.pairwise(looks) if a[:2] == b[:2] and a[0] == "LOOK"]
+    delays: dict[str, list[float]] = {phase: [] for phase in PHASES}
+    waiting = {node: iter(times) for node, times in sent.items()}
+    for phase, node, picked in re.findall(r"PICKED (\w+) (\d+) ([\d.]+)", log):
+        delays[phase].append(float(picked) - next(waiting[int(node)]))
     figures = {
         "from one look for replies to the next, s (median)": statistics.median(gaps),
         "from one look for replies to the next, s (99th percentile)": statistics.quantiles(gaps, n=100)[98],
     }
-    for phase in PHASES:
-        fetched = [ended - started for kind, started, ended, found in looks if found and kind == phase]
-        figures[f"a look that fetches a reply, {phase.upper()}, s (median)"] = statistics.median(fetched)
-    return figures
+    for phase, values in delays.items():
+        figures[f"from a reply sent to a reply in hand, {phase.upper()}, s (median)"] = statistics.median(values)
+    return figures | {"from a reply sent to a reply in hand, s (worst)": max(itertools.chain(*delays.values()))}
 
 
-class ProcessWatch(threading.Thread):
-    """Notes how long the processes live that the SuperNodes start for their messages."""
+class Watch(threading.Thread):
+    """Notes how long the processes of the SuperNodes' messages live, and when their replies are sent."""
 
-    def __init__(self, supernodes: list[int]) -> None:
+    def __init__(self, federation: Federation) -> None:
         super().__init__(daemon=True)
-        self._supernodes, self._ended = supernodes, threading.Event()
+        self._federation, self._ended = federation, threading.Event()
         self._seen: dict[int, tuple[float, float]] = {}
+        self._sent: dict[int, list[float]] = {index: [] for index in federation.supernodes}
 
     def run(self) -> None:
-        """Look every tenth of a second."""
-        while not self._ended.wait(0.1):
+        """Look for sent replies twenty times a second, and for processes now and then: that takes longer."""
+        for turn in itertools.count():
+            if self._ended.wait(0.05):
+                break
             now = time.monotonic()
-            for supernode in self._supernodes:
-                for pid, command in family(supernode).items():
+            for index, process in self._federation.supernodes.items():
+                count = self._log(index).count("Sent successfully")
+                self._sent[index] += [now] * (count - len(self._sent[index]))
+                for pid, command in family(process.pid).items() if turn % 8 == 0 else ():
                     if "flwr-clientapp" in command:
                         self._seen[pid] = (self._seen.get(pid, (now, now))[0], now)
 
-    def lifetimes(self) -> list[float]:
-        """End the watch; return the seconds that each process lived."""
+    def results(self) -> tuple[list[float], dict[int, list[float]]]:
+        """End the watch; return the processes' lives (seconds), and when each node had sent its replies."""
         self._ended.set()
         self.join()
-        return [last - first for first, last in self._seen.values()]
+        ids = {index: re.search(r"SuperNode ID: (\d+)", self._log(index)) for index in self._sent}
+        sent = {int(found.group(1)): self._sent[index] for index, found in ids.items() if found}
+        return [last - first for first, last in self._seen.values()], sent
+
+    def _log(self, index: int) -> str:
+        return (self._federation.state / f"node-{index}.log").read_text()
 
 
 def main() -> None:
@@ -102,18 +116,18 @@ def main() -> None:
     }  # fmt: skip
 
     with tempfile.TemporaryDirectory() as name, Federation(Path(name) / "federation", args.nodes) as federation:
-        watch = ProcessWatch([process.pid for process in federation.supernodes.values()])
+        watch = Watch(federation)
         watch.start()
         lines = []
         for line in federation.lines(app=timed_app(Path(name) / "app"), **settings):
             lines.append(line)
-            if "LOOK" not in line:
+            if "LOOK" not in line and "PICKED" not in line:
                 print(line, end="", flush=True)
-        lifetimes = watch.lifetimes()
+        lifetimes, sent = watch.results()
         run = federation.flwr.finished("".join(lines))
         if run.status != "finished:completed":
             raise SystemExit(f"the run ended with {run.status}")
-        rows, looks = run.results[2:], look_figures(run.log)
+        rows, looks = run.results[2:], look_figures(run.log, sent)
 
     figures = {f"s in {p.upper()}": statistics.median(row[f"seconds_{p}"] for row in rows) for p in PHASES}
     figures = {"s a round": statistics.median(row["seconds_total"] for row in rows)} | figures

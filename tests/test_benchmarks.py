@@ -33,21 +33,26 @@ def test_the_federated_figure_of_all_nodes_is_that_of_a_round_in_which_all_opt_i
     )
 
 
-def test_looks_are_told_apart_by_phase_and_by_what_they_find():
+def test_replies_are_matched_with_what_their_node_had_sent():
     log = """
-    LOOK query 10.0 10.1 0
-    LOOK query 10.2 10.3 0
-    LOOK query 10.5 11.0 2
-    LOOK train 20.0 20.1 0
-    LOOK train 20.4 21.4 1
-    LOOK evaluate 30.0 32.0 1
+    LOOK query 10.0
+    LOOK query 10.2
+    LOOK query 10.5
+    PICKED query 7 11.0
+    PICKED query 8 11.0
+    LOOK train 20.0
+    LOOK train 20.4
+    PICKED train 8 21.4
+    LOOK evaluate 30.0
+    PICKED evaluate 7 32.0
     """
-    figures = look_figures(log)
+    figures = look_figures(log, {7: [10.7, 31.0], 8: [10.9, 21.0]})
     # The gaps are 0.2 and 0.3 s in QUERY and 0.4 s in TRAIN.
     assert figures["from one look for replies to the next, s (median)"] == pytest.approx(0.3)
-    assert figures["a look that fetches a reply, QUERY, s (median)"] == pytest.approx(0.5)
-    assert figures["a look that fetches a reply, TRAIN, s (median)"] == pytest.approx(1.0)
-    assert figures["a look that fetches a reply, EVALUATE, s (median)"] == pytest.approx(2.0)
+    assert figures["from a reply sent to a reply in hand, QUERY, s (median)"] == pytest.approx(0.2)
+    assert figures["from a reply sent to a reply in hand, TRAIN, s (median)"] == pytest.approx(0.4)
+    assert figures["from a reply sent to a reply in hand, EVALUATE, s (median)"] == pytest.approx(1.0)
+    assert figures["from a reply sent to a reply in hand, s (worst)"] == pytest.approx(1.0)
 
 
 def test_the_table_of_seeds_has_mean_deviation_and_worst():
