@@ -125,7 +125,9 @@ def main(grid: Grid, context: Context) -> None:
             log(INFO, "⏱️ %s", stopwatch.summary(row, rounds_left=config.num_server_rounds - server_round))
 
         if not any(row["train_received"] for row in state.results):
-            raise UserError("Nothing was learned: no round had a usable TRAIN reply. The warnings above say why.")
+            raise UserError(
+                f"Nothing was learned: no round had a usable TRAIN reply. The last fault: {mailbox.last_fault}"
+            )
         recorder.end_run()
 
 
@@ -408,7 +410,8 @@ def usable(
         tally[outcome] += 1
         if warn:
             reason = " ".join(first_line(reason).split())[:300]  # a node's words: no line of its own in the log
-            log(WARNING, "Round %s: left out %s (%s): %s", batch.server_round, node, batch.message_type, reason)
+            mailbox.last_fault = f"{node} ({batch.message_type}): {reason}"
+            log(WARNING, "Round %s: left out %s", batch.server_round, mailbox.last_fault)
 
 
 def read_arrays(reply: RecordDict, sent: ArrayRecord) -> StateDict:
@@ -495,6 +498,7 @@ class Mailbox:
 
     def __init__(self, grid: Grid) -> None:
         self.grid = grid
+        self.last_fault = "no node was asked"  # why a reply was left out last
         self._late: dict[str, float] = {}  # unanswered queries: message id -> when to forget it
 
     def push(

@@ -306,6 +306,13 @@ def test_a_round_in_which_all_are_faulty_leaves_the_model_as_it_was(app, caplog)
     assert any("no usable TRAIN reply" in r.message for r in caplog.records)
 
 
+def test_more_nodes_than_images_is_one_clear_error_at_the_end(app):
+    fault = r"The last fault: node \d+ \(partition \d+\) \(\w+\): .*partitions needs to be smaller than the number of"
+    with pytest.raises(UserError, match=fault):
+        few = {"fraction_clients_train": 0.05, "opt_in_probability": 0.1, "num_server_rounds": 1}
+        app.run(app.grid(num_nodes=130), partitioner="dirichlet", **few)
+
+
 def test_a_run_in_which_all_are_faulty_says_that_it_learned_nothing(app):
     with pytest.raises(UserError, match="Nothing was learned"):
         run_with(app, only(MessageType.TRAIN, raises, rounds=(1, 2)), partitions=range(5))
