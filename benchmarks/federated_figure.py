@@ -29,7 +29,7 @@ def evaluate_nodes(directory: Path, nodes: int) -> tuple[np.ndarray, np.ndarray,
     data = [config[key] for key in ("dataset", "partitioner", "dirichlet-alpha", "seed")]
     accuracies, sizes = np.zeros(nodes), np.zeros(nodes)
     for node in range(nodes):
-        _, validation = task.load_partition(net.in_channels, node, nodes, *data)
+        validation = task.load_partition(net.in_channels, node, nodes, *data)["validation"]
         _, accuracies[node] = task.test(net, validation, torch.device("cpu"))
         sizes[node] = len(validation)
     return accuracies, sizes, config

@@ -46,7 +46,7 @@ from pytorch_example_low_level.server_app import Node, sample_cohort
 from pytorch_example_low_level.utils import Purpose, random_stream
 
 WORKERS = os.cpu_count() or 1
-NODES, SAMPLED = 50, 10
+NODES, SAMPLED, OPTED_IN = 50, 10, 25
 MIB = 1024
 
 NOOP_APP = """
@@ -149,8 +149,7 @@ def floor_worker(mine: Any, shared: Any, done: Any, dataset: str) -> None:
     def split(part: str, number: int) -> task.Split:
         if part == "test":
             return test_split[quarters[number]]
-        train, validation = task.load_partition(channels, number, NODES, dataset, "dirichlet", 1.0, 42)
-        return train if part == "train" else validation
+        return task.load_partition(channels, number, NODES, dataset, "dirichlet", 1.0, 42)[part]
 
     while (pieces := mine.get()) is not None:
         tensors = {piece: split(*piece) for piece in pieces}
@@ -314,7 +313,8 @@ def measure(
         for name, watched in (("app", app), ("engine", engine)):
             starts[name].append(watched.seconds_to["first TRAIN reply"])
     figures["engine: s for a round's messages"] = sum(
-        engine_seconds(engine, kind) * count for kind, count in (("train", 10), ("query", 50), ("evaluate", 25))
+        engine_seconds(engine, kind) * count
+        for kind, count in (("train", SAMPLED), ("query", NODES), ("evaluate", OPTED_IN))
     )
     figures |= {f"{name}: s to the first TRAIN reply": statistics.median(v) for name, v in starts.items()}
 

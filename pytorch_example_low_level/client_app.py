@@ -28,7 +28,7 @@ def train(msg: Message, context: Context) -> Message:
     config = RunConfig.from_context(context)
     server_round, lr = read_instructions(msg, "server-round", "lr")
     net = task.Net.from_state_dict(msg.content.array_records["arrays"].to_torch_state_dict())
-    data, _ = local_splits(net.in_channels, config, context)
+    data = local_split("train", net.in_channels, config, context)
     stream = random_stream(config.seed, Purpose.TRAIN, int(server_round), partition_of(context))
     use_one_thread()
 
@@ -61,7 +61,7 @@ def evaluate(msg: Message, context: Context) -> Message:
         return too_late(msg)
     config = RunConfig.from_context(context)
     net = task.Net.from_state_dict(msg.content.array_records["arrays"].to_torch_state_dict())
-    _, data = local_splits(net.in_channels, config, context)
+    data = local_split("validation", net.in_channels, config, context)
     use_one_thread()
 
     loss, accuracy = task.test(net, data, task.pick_device())
@@ -102,15 +102,15 @@ def read_instructions(msg: Message, *names: str) -> list[float]:
     return [float(value) for value in values]  # type: ignore[arg-type]
 
 
-def local_splits(in_channels: int, config: RunConfig, context: Context) -> tuple[task.Split, task.Split]:
-    """Load this node's training and validation split, from its own folder if it has one."""
+def local_split(part: str, in_channels: int, config: RunConfig, context: Context) -> task.Split:
+    """Load this node's "train" or "validation" split, from its own folder if it has one."""
     node = context.node_config
     if "data-path" in node:
         # partition_of() can be a node id here: any number will do that is always the same.
-        return task.load_folder(in_channels, str(node["data-path"]), partition_of(context), config.seed)
+        return task.load_folder(part, in_channels, str(node["data-path"]), partition_of(context), config.seed)
     if "partition-id" not in node or "num-partitions" not in node:
         raise task.DataError("a node needs --node-config 'data-path=\"…\"' or 'partition-id=… num-partitions=…'")
-    return task.load_partition(
+    splits = task.load_partition(
         in_channels,
         partition_of(context),
         int(node["num-partitions"]),
@@ -119,6 +119,7 @@ def local_splits(in_channels: int, config: RunConfig, context: Context) -> tuple
         config.dirichlet_alpha,
         config.seed,
     )
+    return splits[part]
 
 
 def partition_of(context: Context) -> int:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 StateDict = dict[str, Tensor]
 
 BUNDLED = "fashion-mnist-sample"
+PARTS = ("train", "validation")
 VALIDATION_SHARE = 0.2  # of a node's images; the rest is for training
 TEST_SPLITS = ("test", "validation", "valid")  # the first that a data set has
 NATIVE_SIZES = ((28, 28), (32, 32))  # images of other sizes are resized to 32x32
@@ -138,8 +139,8 @@ def load_partition(
     partitioner: str,
     alpha: float,
     seed: int,
-) -> tuple[Split, Split]:
-    """Load the training (80 %) and the validation (20 %) split of one partition of a data set.
+) -> dict[str, Split]:
+    """Load the "train" (80 %) and the "validation" (20 %) part of one partition of a data set.
 
     A process keeps the 256 partitions that it used last. Where there are more nodes than that,
     partitions are small; so about one copy of the training images is held at most.
@@ -148,13 +149,15 @@ def load_partition(
     """
     with _explained(f"partition {partition_id} of {num_partitions} of dataset {dataset!r}"):
         fds = federated_dataset(dataset, partitioner, num_partitions, alpha, seed, in_channels)
-        return _divide(_to_split(fds.load_partition(partition_id), in_channels), seed, partition_id)
+        data = _to_split(fds.load_partition(partition_id), in_channels)
+        return {part: data[torch.from_numpy(_rows_of(part, len(data), seed, partition_id))] for part in PARTS}
 
 
 @lru_cache(maxsize=4)
-def load_folder(in_channels: int, path: str, partition_id: int, seed: int) -> tuple[Split, Split]:
-    """Load the training and the validation split of a node's own data (`Dataset.save_to_disk`).
+def load_folder(part: str, in_channels: int, path: str, partition_id: int, seed: int) -> Split:
+    """Load the "train" or the "validation" part of a node's own data (`Dataset.save_to_disk`).
 
+    Only one part: a SuperNode starts a process for each message, which needs no other.
     Raises DataError when the folder does not hold an image-classification data set.
     """
     import datasets
@@ -162,7 +165,8 @@ def load_folder(in_channels: int, path: str, partition_id: int, seed: int) -> tu
     with _explained(f"data-path {path!r}"):
         rows = datasets.load_from_disk(path)
         rows = _canonical(rows["train"] if isinstance(rows, datasets.DatasetDict) else rows)
-        return _divide(_to_split(_decode(rows, in_channels, in_memory=True), in_channels), seed, partition_id)
+        rows = rows.select(_rows_of(part, len(rows), seed, partition_id))
+        return _to_split(_decode(rows, in_channels, in_memory=True), in_channels)
 
 
 def load_test_split(dataset: str) -> tuple[Split, int]:
@@ -299,11 +303,11 @@ def _to_pixels(batch: dict[str, list[Any]], mode: str) -> dict[str, list[bytes]]
     return {"pixels": [image.tobytes() for image in images]}
 
 
-def _divide(data: Split, seed: int, partition_id: int) -> tuple[Split, Split]:
-    """Divide a node's images into training and validation, at random but always the same."""
-    order = torch.from_numpy(np.random.default_rng((seed, partition_id)).permutation(len(data)))
-    cut = int(len(data) * VALIDATION_SHARE)
-    return data[order[cut:]], data[order[:cut]]
+def _rows_of(part: str, count: int, seed: int, partition_id: int) -> np.ndarray:
+    """Choose which of a node's `count` images are in a part, at random but always the same."""
+    order = np.random.default_rng((seed, partition_id)).permutation(count)
+    cut = int(count * VALIDATION_SHARE)
+    return order[cut:] if part == "train" else order[:cut]
 
 
 def _to_split(rows: datasets.Dataset, in_channels: int) -> Split:

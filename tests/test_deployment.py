@@ -81,6 +81,7 @@ def resumed(federation, tmp_path_factory, tiny_dataset):
             assert len(results(Path(directory))) == server_round  # round 0 has a row, too
         run = federation.run(**settings, resume_from=directory)
         exits = {name: process.poll() for name, process in intruders.items()}
+        assert federation.online() == NODES
     finally:
         for process in intruders.values():
             stop(process)

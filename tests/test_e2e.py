@@ -105,6 +105,14 @@ def test_a_wrong_configuration_is_one_error_without_a_stack_and_leaves_nothing(s
     assert not outputs.exists()
 
 
+def test_a_data_set_that_is_not_there_ends_the_run_with_one_error(superlink, tmp_path):
+    run = superlink.run(nodes=2, output_dir=str(tmp_path / "outputs"), dataset="/no/such/folder")
+    assert run.status == "finished:failed"
+    assert "Cannot use dataset '/no/such/folder'" in run.log
+    assert "Traceback" not in run.log
+    assert not (tmp_path / "outputs").exists()
+
+
 # ------------------------------------------------------------------------ Kill, stop, resume
 
 
@@ -173,6 +181,7 @@ def test_a_run_that_is_killed_and_stopped_ends_with_the_bits_of_one_that_is_not(
             assert read_wandb(wandb_run)[-1].WhichOneof("record_type") == "exit"
     resumed = superlink.run(nodes=6, **settings, resume_from=str(directory))
     assert resumed.status == "finished:completed", resumed.log
+    assert resumed.directory == directory
     assert results(directory) == results(whole.directory)
     assert same_bits(model(directory), model(whole.directory))
     assert same_bits(model(directory, "checkpoints/best.pt"), model(whole.directory, "checkpoints/best.pt"))

@@ -161,7 +161,7 @@ def test_partitions_share_out_all_images_once_in_80_to_20(tiny_dataset, how):
     whole = datasets.load_dataset(tiny_dataset, split="train")
     images = []
     for partition in range(4):
-        train, validation = load(tiny_dataset, partition, how=how)
+        train, validation = load(tiny_dataset, partition, how=how).values()
         n = len(train) + len(validation)
         assert len(validation) == int(0.2 * n)
         images += [*train.images, *validation.images]
@@ -171,12 +171,12 @@ def test_partitions_share_out_all_images_once_in_80_to_20(tiny_dataset, how):
 def test_iid_partitions_are_not_cut_from_sorted_rows(tmp_path, tiny_dataset):
     rows = datasets.load_dataset(tiny_dataset, split="train").sort("label")
     rows.to_parquet(tmp_path / "data" / "train.parquet")
-    assert len(load(str(tmp_path))[0].labels.unique()) > 5
+    assert len(load(str(tmp_path))["train"].labels.unique()) > 5
 
 
 def test_a_small_alpha_gives_a_node_few_labels(tiny_dataset):
     def labels(alpha: float) -> float:
-        return np.mean([len(load(tiny_dataset, p, 4, "dirichlet", alpha)[0].labels.unique()) for p in range(4)])
+        return np.mean([len(load(tiny_dataset, p, 4, "dirichlet", alpha)["train"].labels.unique()) for p in range(4)])
 
     assert labels(0.05) < labels(1000.0)
 
@@ -275,10 +275,10 @@ def test_28x28_among_32x32_gets_a_black_frame(tmp_path):
 def test_a_nodes_own_folder_is_split_like_a_partition(tmp_path, tiny_dataset):
     rows = datasets.load_dataset(tiny_dataset, split="train").select(range(20))
     rows.save_to_disk(tmp_path / "mine")
-    train, validation = task.load_folder(1, str(tmp_path / "mine"), 3, 42)
+    train, validation = (task.load_folder(part, 1, str(tmp_path / "mine"), 3, 42) for part in task.PARTS)
     assert (len(train), len(validation)) == (16, 4)
     with pytest.raises(task.DataError, match="data-path"):
-        task.load_folder(1, str(tmp_path / "nothing"), 3, 42)
+        task.load_folder("train", 1, str(tmp_path / "nothing"), 3, 42)
 
 
 @pytest.mark.parametrize("dataset", ["/no/such/folder", "./none", "nobody/no-such-data-set"])
@@ -299,7 +299,7 @@ def test_more_nodes_than_images_is_an_error_that_names_both(tiny_dataset):
 
 
 def test_partitions_smaller_than_a_batch_train_and_single_images_have_no_validation_split(tiny_dataset):
-    data, validation = load(tiny_dataset, 0, 120)
+    data, validation = load(tiny_dataset, 0, 120).values()
     assert len(data) == 1
     assert len(validation) == 0
     assert task.train(task.Net(), data, **TRAINING) > 0
