@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.sgd import sgd
 
 from pytorch_example_low_level.config import UserError, first_line
 
@@ -175,17 +176,15 @@ def load_test_split(dataset: str) -> tuple[Split, int]:
     They stay grey where the first hundred are; else all become RGB. Raises DataError.
     """
     with _explained(f"dataset {dataset!r}"):
-        fds = federated_dataset(dataset)
-        rows = None
-        for name in TEST_SPLITS:
-            try:
-                rows = fds.load_split(name)
-                break
-            except ValueError as error:
-                missing = error
-        if rows is None:
-            raise DataError(f"there is no split {' or '.join(TEST_SPLITS)}: {missing}")
-        rows = _canonical(rows)
+        location = _locate(dataset)  # before the import, which reads the environment
+        import datasets  # alone: flwr-datasets takes as long again, and the server needs no partitions
+
+        datasets.disable_progress_bars()
+        splits = datasets.load_dataset(location)
+        name = next((name for name in TEST_SPLITS if name in splits), None)
+        if name is None:
+            raise DataError(f"there is no split {' or '.join(TEST_SPLITS)}; the splits are {list(splits)}")
+        rows = _canonical(splits[name])
         first = rows.with_format(None)[:100]["image"]
         in_channels = 1 if all(image.mode == "L" for image in first) else 3
         return _to_split(_decode(rows, in_channels), in_channels), rows.features["label"].num_classes
@@ -193,44 +192,34 @@ def load_test_split(dataset: str) -> tuple[Split, int]:
 
 @lru_cache(maxsize=1)  # one a process: to make it and to partition it takes seconds
 def federated_dataset(
-    dataset: str,
-    partitioner: str = "",
-    num_partitions: int = 1,
-    alpha: float = 1.0,
-    seed: int = 0,
-    in_channels: int | None = None,
+    dataset: str, partitioner: str, num_partitions: int, alpha: float, seed: int, in_channels: int | None = None
 ) -> FederatedDataset:
-    """Return flwr-datasets' view of a data set, "train" in partitions, decoded if wanted.
+    """Return flwr-datasets' view of a data set, "train" in partitions; decoded, if `in_channels` is given.
 
-    Without a partitioner only whole splits can be loaded, with their rows and columns as they
-    are. https://flower.ai/docs/datasets/ref-api/flwr_datasets.FederatedDataset.html
+    https://flower.ai/docs/datasets/ref-api/flwr_datasets.FederatedDataset.html
     """
     location = _locate(dataset)  # before the imports, which read the environment
     import datasets
     from flwr_datasets import FederatedDataset
-    from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner, Partitioner
+    from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner
 
     datasets.disable_progress_bars()
-    partitioners: dict[str, Partitioner] = {}
-    if partitioner == "iid":
-        partitioners["train"] = IidPartitioner(num_partitions)
-    elif partitioner == "dirichlet":
-        # Label skew after Hsu et al. 2019, "Measuring the effects of non-identical data
-        # distribution for federated visual classification" (arXiv:1909.06335).
-        partitioners["train"] = DirichletPartitioner(
-            num_partitions, partition_by="label", alpha=alpha, seed=seed, min_partition_size=MIN_PARTITION
-        )
+    iid = partitioner == "iid"
+    # Label skew after Hsu et al. 2019, "Measuring the effects of non-identical data
+    # distribution for federated visual classification" (arXiv:1909.06335).
+    skewed = partial(DirichletPartitioner, partition_by="label", alpha=alpha, min_partition_size=MIN_PARTITION)
+    partition = IidPartitioner(num_partitions) if iid else skewed(num_partitions, seed=seed)
 
     def prepare(splits: datasets.DatasetDict) -> datasets.DatasetDict:
-        if partitioners and "train" in splits:
+        if "train" in splits:
             rows = _canonical(splits["train"]).with_format("arrow")
             rows = rows if in_channels is None else _decode(rows, in_channels)
             # IID partitions are cut from the rows as they lie, which may be sorted by label;
             # the Dirichlet partitioner draws its rows itself.
-            splits["train"] = rows.shuffle(seed=seed) if partitioner == "iid" else rows
+            splits["train"] = rows.shuffle(seed=seed) if iid else rows
         return splits
 
-    return FederatedDataset(dataset=location, partitioners=partitioners, shuffle=False, preprocessor=prepare)
+    return FederatedDataset(dataset=location, partitioners={"train": partition}, shuffle=False, preprocessor=prepare)
 
 
 def _locate(dataset: str) -> str:
@@ -377,8 +366,8 @@ def train(
     generator = torch.Generator().manual_seed(seed)
     net.to(device).to(memory_format=torch.channels_last).train()
     images, labels = data.images.to(device), data.labels.to(device)
-    # A fused step updates all parameters in one kernel instead of three for each of them.
-    optimizer = torch.optim.SGD(net.parameters(), lr=lr, momentum=momentum, fused=True)
+    parameters = list(net.parameters())
+    momenta: list[Tensor | None] = [None] * len(parameters)
     total_loss = torch.zeros((), dtype=torch.float64, device=device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)  # for layers that draw from the global state, such as Dropout
@@ -389,12 +378,34 @@ def train(
                     raise TimeoutError("training went on past the deadline of its message")
                 rows = order[start : start + batch_size]
                 batch = random_crop_and_flip(images[rows], generator) if augment else images[rows]
-                optimizer.zero_grad()
                 loss = F.cross_entropy(net(normalise(batch)), labels[rows])
-                loss.backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
+                step(parameters, torch.autograd.grad(loss, parameters), momenta, lr, momentum)
                 total_loss += loss.detach().double() * len(rows)  # the last batch may be short
     return total_loss.item() / (len(data) * epochs)
+
+
+@torch.no_grad()
+def step(
+    parameters: Sequence[Tensor], gradients: Sequence[Tensor], momenta: list[Tensor | None], lr: float, momentum: float
+) -> None:
+    """Update `parameters` and `momenta` in place: one step of SGD with momentum, in one kernel.
+
+    It is the function inside `torch.optim.SGD(..., fused=True)`, with the same bits. The class
+    itself, like every optimizer, imports PyTorch's compiler when it is first used: 1.6 s in
+    every process, which over a network is every message.
+    """
+    sgd(
+        list(parameters),
+        list(gradients),
+        momenta,
+        lr=lr,
+        momentum=momentum,
+        weight_decay=0.0,
+        dampening=0.0,
+        nesterov=False,
+        maximize=False,
+        fused=True,
+    )
 
 
 @torch.inference_mode()
