@@ -37,6 +37,7 @@ MAX_PARTITION = 2**31  # as above, for what a node says of itself
 NPY_HEADER = 4096  # bytes that an array may be longer than its values
 PULL_WINDOW = 8  # models that are fetched ahead of their turn, at most
 POLL_PAUSE = (0.01, 0.1)  # seconds between two looks for replies: soon after one came, and later on
+LOG_EVERY = 10  # seconds in which a phase that takes long says how far it is
 
 app = ServerApp()
 
@@ -499,6 +500,7 @@ class Mailbox:
     def __init__(self, grid: Grid) -> None:
         self.grid = grid
         self.last_fault = "no node was asked"  # why a reply was left out last
+        self._last_reply = self._log_at = 0.0  # on the monotonic clock: when one came; when to say how far it is
         self._late: dict[str, float] = {}  # unanswered queries: message id -> when to forget it
 
     def push(
@@ -515,7 +517,9 @@ class Mailbox:
             )
             for node in nodes
         ]
-        deadline = time.monotonic() + timeout
+        self._last_reply = time.monotonic()
+        self._log_at = self._last_reply + LOG_EVERY
+        deadline = self._last_reply + timeout
         pushed = set(self.grid.push_messages(messages)) if messages else set()
         ids = [m.metadata.message_id if m.metadata.message_id in pushed else None for m in messages]
         return Batch(nodes, ids, message_type, server_round, timeout, deadline)
@@ -527,39 +531,37 @@ class Mailbox:
         replies has the same bits in every run. At most `window` replies are fetched ahead of
         their turn; the others wait where they are.
         """
-        waiting = {i: node for i, node in zip(batch.message_ids, batch.nodes, strict=True) if i is not None}
+        waiting = dict.fromkeys(i for i in batch.message_ids if i is not None)  # in order, unlike a set
         arrived: dict[str, Message] = {}
-        log_at = time.monotonic() + 10
-        last_reply = time.monotonic()
         for node, message_id in zip(batch.nodes, batch.message_ids, strict=True):
             while message_id in waiting:
-                if not threading.main_thread().is_alive():
-                    # In a simulation the engine is the main thread, and this is another. Ray ends
-                    # it on SIGTERM; then no answer will come, and nobody else would close the run.
-                    raise UserError("Flower's engine has ended. The run can be resumed with resume-from.")
                 last_look = time.monotonic() >= batch.deadline
                 wanted = list(islice(waiting, window and window - len(arrived)))
                 replies = self._pull(wanted, batch)
                 arrived |= replies
-                for wanted_id in wanted:
-                    if wanted_id in replies or last_look:
-                        del waiting[wanted_id]
+                for done in wanted if last_look else replies:
+                    del waiting[done]
                 if last_look and batch.message_type == MessageType.QUERY:
                     forget_at = batch.deadline + REPLY_GRACE / 2
                     self._late |= {i: forget_at for i in wanted if i not in replies}
-                now = time.monotonic()
-                last_reply = now if replies else last_reply
-                if message_id in waiting:  # nothing waits in vain for more than a tenth of its time
-                    pause = float(np.clip((now - last_reply) / 10, *POLL_PAUSE))
-                    time.sleep(max(0.0, min(pause, batch.deadline - now)))
-                if time.monotonic() >= log_at:
-                    log_at += 10
-                    done = len(batch.nodes) - len(waiting)
-                    left = max(0.0, batch.deadline - time.monotonic())
-                    log(
-                        INFO, "... %s/%s (%s), %.0f s to the deadline", done, len(batch.nodes), batch.message_type, left
-                    )
+                if message_id in waiting:
+                    self._pause(batch, len(waiting))
             yield node, arrived.pop(message_id, None) if message_id else None
+
+    def _pause(self, batch: Batch, missing: int) -> None:
+        """Wait a little before the next look; say now and then how far the phase is."""
+        if not threading.main_thread().is_alive():
+            # In a simulation the engine is the main thread, and this is another. Ray ends it on
+            # SIGTERM; then no answer will come, and nobody else would close the run.
+            raise UserError("Flower's engine has ended. The run can be resumed with resume-from.")
+        now = time.monotonic()
+        left = max(0.0, batch.deadline - now)
+        if now >= self._log_at:
+            self._log_at = now + LOG_EVERY
+            count = len(batch.nodes)
+            log(INFO, "... %s/%s (%s), %.0f s to the deadline", count - missing, count, batch.message_type, left)
+        pause = np.clip((now - self._last_reply) / 10, *POLL_PAUSE)  # a reply waits a tenth of the time it took
+        time.sleep(min(float(pause), left))
 
     def _pull(self, wanted: list[str], batch: Batch) -> dict[str, Message]:
         """Fetch the replies to the wanted messages that are there; drop late answers on the way."""
@@ -572,4 +574,5 @@ class Mailbox:
             message_id = reply.metadata.reply_to_message_id
             if self._late.pop(message_id, None) is None and message_id in wanted:
                 replies.setdefault(message_id, reply)
+                self._last_reply = now
         return replies

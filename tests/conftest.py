@@ -1,5 +1,6 @@
 """What the tests share: a small data set of real images, and the app on an in-process Grid."""
 
+import functools
 import json
 import os
 import tempfile
@@ -13,7 +14,6 @@ os.environ["WANDB_MODE"] = "offline"
 
 import pytest
 import torch
-import torch._dynamo  # the first optimizer of a process imports it: seconds that no deadline allows for
 
 from pytorch_example_low_level import client_app, server_app, task, utils
 from tests.grid import InProcessGrid, make_context, run_config
@@ -68,9 +68,13 @@ class App:
         return max(folders, key=lambda p: (p / "run_config.json").stat().st_mtime_ns)
 
 
+load_test_split_once = functools.cache(task.load_test_split)
+
+
 @pytest.fixture
-def app(tiny_dataset, tmp_path) -> App:
-    """The app, with an output directory of its own."""
+def app(tiny_dataset, tmp_path, monkeypatch) -> App:
+    """The app, with an output directory of its own; the many runs share one loading of the test split."""
+    monkeypatch.setattr(task, "load_test_split", load_test_split_once)
     return App(tiny_dataset, tmp_path / "outputs")
 
 

@@ -1,21 +1,183 @@
-"""The figures of the README come from programs; what those compute is checked here."""
+"""The figures of the README come from programs: here they run, small, and what they compute is checked."""
+
+import contextlib
+import io
+import json
+import logging
+import queue
+import re
+import runpy
+import shlex
+import sys
+import threading
+import types
+from pathlib import Path
 
 import numpy as np
 import pytest
 from flwr.app import MessageType
 
-from benchmarks.convergence import table
+from benchmarks import convergence, federated_figure, round_time
 from benchmarks.federated_figure import evaluate_nodes
 from benchmarks.network_round import look_figures
-from benchmarks.round_time import cohorts
-from tests.conftest import results
+from deploy import local_federation
+from deploy.cli import PROJECT, FinishedRun
+from tests.conftest import App, results
+from tests.grid import InProcessGrid, make_context
+
+README = (PROJECT / "README.md").read_text()
+NODES = 5
+
+
+def commands(module: str) -> list[list[str]]:
+    """The arguments of each command of the README that runs a module of ours."""
+    return [shlex.split(line) for line in re.findall(rf"^python -m {module}(.*)$", README, re.MULTILINE)]
+
+
+class InProcessSuperLink:
+    """Stands in for Flower's processes: whatever is asked for, few nodes, rounds and images run, on our Grid."""
+
+    port = ""
+
+    def __init__(self, app: App) -> None:
+        self.app = app
+        self.flwr = self
+        self.asked: list[dict] = []
+
+    def __call__(self, home: Path) -> "InProcessSuperLink":
+        return self
+
+    def __enter__(self) -> "InProcessSuperLink":
+        return self
+
+    def __exit__(self, *args: object) -> None: ...
+
+    def run(self, nodes: int, **run_config) -> FinishedRun:
+        self.asked.append({key.replace("_", "-"): value for key, value in run_config.items()} | {"nodes": nodes})
+        small = {"dataset": self.app.defaults["dataset"], "num-server-rounds": 2, "query-timeout": 2.0}
+        directory = self.app.run(self.app.grid(num_nodes=NODES), **run_config | small)
+        return FinishedRun("1", "", "finished:completed", directory)
+
+    def lines(self, nodes: int, app: Path = PROJECT, **run_config) -> list[str]:
+        if app.name == "noop-app":
+            return run_noop(app, {"rounds": 2, "parameters": 10, "expected": NODES, "sampled": 2, "opted-in": 3})
+        log = io.StringIO()
+        handler = logging.StreamHandler(log)
+        logging.getLogger("flwr").addHandler(handler)
+        self.run(nodes, **run_config)
+        logging.getLogger("flwr").removeHandler(handler)
+        return log.getvalue().splitlines(keepends=True)
+
+    def finished(self, log: str) -> FinishedRun:
+        directory = re.search(r"📂 Run directory: (.+)", log)
+        return FinishedRun("1", log, "finished:completed", Path(directory.group(1)) if directory else None)
+
+
+def run_noop(folder: Path, config: dict) -> list[str]:
+    module = runpy.run_path(str(folder / "noop" / "app.py"))
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        module["server"](InProcessGrid(module["client"], config, NODES), make_context(config))
+    return printed.getvalue().splitlines(keepends=True)
+
+
+@pytest.fixture
+def superlink(app, quick_plot) -> InProcessSuperLink:
+    return InProcessSuperLink(app)
+
+
+@pytest.mark.parametrize("command", commands("benchmarks.convergence"), ids=" ".join)
+def test_the_commands_for_convergence_write_table_plot_and_json(command, superlink, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(convergence, "LocalSuperLink", superlink)
+    seeds, out = command.index("--seeds") + 1, command.index("--out") + 1
+    command[seeds], command[out] = "2", str(tmp_path / "made" / command[out])
+    monkeypatch.setattr(sys, "argv", ["convergence", *command])
+    convergence.main()
+    variants = max(1, command.count("--vary"))
+    written = json.loads(Path(command[out] + ".json").read_text())
+    assert len(written["settings"]) == variants
+    assert [len(runs) for runs in written["runs"].values()] == [2] * variants
+    assert [asked["seed"] for asked in superlink.asked] == [0, 1] * variants
+    shown = capsys.readouterr().out
+    assert f"{2 * variants}/{2 * variants} " in shown
+    for runs in written["runs"].values():
+        assert convergence.table(runs) in shown
+    assert Path(command[out] + ".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_command_for_the_federated_figure_prints_its_table(app, monkeypatch, capsys):
+    directory = app.run(num_server_rounds=1)
+    ((named,),) = commands("benchmarks.federated_figure")
+    assert named.startswith("outputs/")
+    monkeypatch.setattr(sys, "argv", ["federated_figure", str(directory), "--nodes", str(NODES)])
+    federated_figure.main()
+    accuracies, sizes, _ = evaluate_nodes(directory, NODES)
+    everybody = f"| {np.average(accuracies, weights=sizes):.3f} | {accuracies.mean():.3f} |"
+    assert f"| all {NODES} nodes {everybody}" in capsys.readouterr().out
+
+
+def test_the_command_for_the_round_time_prints_the_figures_of_the_readme(superlink, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(round_time, "LocalSuperLink", superlink)
+    monkeypatch.setattr(round_time, "NODES", NODES)
+    threads = types.SimpleNamespace(Queue=queue.Queue, Process=threading.Thread)
+    monkeypatch.setattr(round_time.multiprocessing, "get_context", lambda method: threads)
+    (command,) = commands("benchmarks.round_time")
+    command[command.index("--dataset") + 1] = superlink.app.defaults["dataset"]
+    out = tmp_path / "round_time.json"
+    monkeypatch.setattr(sys, "argv", ["round_time", *command, "--rounds", "2", "--out", str(out)])
+    round_time.main()
+    figures = json.loads(out.read_text())
+    section = README[README.index("### What a round costs") :]
+    documented = re.findall(
+        r"^\| ([^|]+) \| [\d.]+ \|", section.split("```shell\npython -m benchmarks.network")[0], re.MULTILINE
+    )
+    assert list(figures) == documented
+    shown = capsys.readouterr().out
+    assert all(f"| {key} | {value:.2f} |" in shown for key, value in figures.items())
+    ratio = figures["app: s a round"] / figures["floor: s a round"]
+    assert figures["app / floor, a round"] == ratio > 0
+
+
+def test_the_big_model_has_10_mb(tmp_path):
+    source = (round_time.big_app(tmp_path / "app") / "pytorch_example_low_level" / "task.py").read_text()
+    module = types.ModuleType("big")
+    sys.modules["big"] = module
+    exec(compile(source, "big", "exec"), module.__dict__)
+    assert 10e6 < sum(p.numel() * 4 for p in module.Net().parameters()) < 11e6
+
+
+def test_the_local_federation_prints_the_command_for_it_and_ends_at_ctrl_c(monkeypatch, tmp_path, capsys):
+    ended = []
+
+    class Federation:
+        def __init__(self, state: Path, nodes: int, data: Path | None) -> None:
+            self.state, self.flwr, self.asked = state, types.SimpleNamespace(home=state / "flower"), (nodes, data)
+
+        def __enter__(self) -> "Federation":
+            return self
+
+        def __exit__(self, *args: object) -> None:
+            ended.append(self.asked)
+
+    def ctrl_c(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(local_federation, "Federation", Federation)
+    monkeypatch.setattr(local_federation.time, "sleep", ctrl_c)
+    (tmp_path / "partitions" / "node-2").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for command in commands("deploy.local_federation"):
+        monkeypatch.setattr(sys, "argv", ["local_federation", *command])
+        local_federation.main()
+    assert ended == [(3, None), (3, Path("partitions"))]
+    assert f"FLWR_HOME=federation/flower flwr run {PROJECT} --stream" in capsys.readouterr().out
 
 
 def test_the_floor_does_the_work_of_the_rounds_of_the_app(app):
     grid = app.grid(num_nodes=50)
     app.run(grid, fraction_clients_train=0.2, num_server_rounds=2)
     asked = {MessageType.TRAIN: "train", MessageType.EVALUATE: "validation"}
-    for server_round, pieces in enumerate(cohorts(app.defaults["dataset"], 2), start=1):
+    for server_round, pieces in enumerate(round_time.cohorts(app.defaults["dataset"], 2), start=1):
         sent = [
             (asked[m.metadata.message_type], grid.partition(m.metadata.dst_node_id))
             for m in grid.sent
@@ -61,4 +223,4 @@ def test_the_table_of_seeds_has_mean_deviation_and_worst():
         return [row, row]
 
     seeds = [run(0.2, 0.5), run(0.4, 0.7), run(0.6, None)]
-    assert table(seeds).splitlines()[-1] == "| 1 | 0.400 ± 0.163 | 0.200 | 0.600 ± 0.100 | 0.500 |"
+    assert convergence.table(seeds).splitlines()[-1] == "| 1 | 0.400 ± 0.163 | 0.200 | 0.600 ± 0.100 | 0.500 |"

@@ -142,16 +142,12 @@ def start_intruders(federation: Federation, folder: Path) -> dict[str, subproces
     return started
 
 
-def kill_while_it_trains(node: subprocess.Popen) -> None:
-    """Kill a SuperNode when it has started its second ClientApp: the first answers the roll-call."""
-
-    seen: set[int] = set()
-
-    def has_started_the_second() -> bool:
-        seen.update(pid for pid, args in family(node.pid).items() if "flwr-clientapp" in args)
-        return len(seen) > 1
-
-    wait_for(has_started_the_second)
+def kill_while_it_trains(federation: Federation, index: int, seen: int) -> None:
+    """Kill a SuperNode that has got a TRAIN message; `seen` is how much its log had before the run."""
+    log = federation.state / f"node-{index}.log"
+    node = federation.supernodes[index]
+    wait_for(lambda: re.search("Receiving: train message.*Received successfully", log.read_text()[seen:], re.DOTALL))
+    wait_for(lambda: any("flwr-clientapp" in args for args in family(node.pid).values()))
     os.killpg(node.pid, signal.SIGKILL)
     node.wait()
 
@@ -159,13 +155,14 @@ def kill_while_it_trains(node: subprocess.Popen) -> None:
 def test_a_killed_supernode_is_left_out_and_takes_part_again_when_it_is_back(federation, settings):
     settings = settings | {"num_server_rounds": 3, "fraction_clients_train": 1.0, "train_timeout": 30.0}
     settings["opt_in_probability"] = 0.0
+    seen = len((federation.state / "node-1.log").read_text())
     killed = restarted = False
     log = []
     for line in federation.lines(**settings):
         log.append(line)
         if "Starting round 1/" in line and not killed:
             killed = True
-            kill_while_it_trains(federation.supernodes[1])
+            kill_while_it_trains(federation, 1, seen)
         if "Starting round 2/" in line and not restarted:
             restarted = True
             federation.start_supernode(1)

@@ -8,7 +8,7 @@ import torch
 
 from pytorch_example_low_level import server_app, utils
 from pytorch_example_low_level.config import UserError
-from tests.conftest import model, results, same_bits
+from tests.conftest import load_test_split_once, model, results, same_bits
 
 pytestmark = pytest.mark.usefixtures("quick_plot")
 
@@ -120,7 +120,7 @@ def test_another_model_and_other_data_under_the_same_name_are_refused(app, monke
             app.run(num_server_rounds=2, dataset=str(copy), resume_from=str(directory))
 
     (copy / "data" / "test.parquet").write_bytes((copy / "data" / "train.parquet").read_bytes())
-    server_app.task.federated_dataset.cache_clear()
+    load_test_split_once.cache_clear()
     with pytest.raises(UserError, match="test data: "):
         app.run(num_server_rounds=2, dataset=str(copy), resume_from=str(directory))
 

@@ -153,13 +153,19 @@ def test_the_plot_shows_both_curves_and_the_spread_even_where_rounds_are_missing
 # ----------------------------------------------------------------------- Weights & Biases
 
 
-def test_without_wandb_the_library_is_not_even_imported(tiny_dataset, tmp_path):
+def test_what_takes_long_to_import_and_is_not_needed_is_not_imported(tiny_dataset, tmp_path):
+    """Without W&B not W&B; for training not PyTorch's compiler, for the server not flwr-datasets."""
     script = f"""
-import logging, sys
-from tests.conftest import App
-sys.modules["wandb"] = None  # an import would raise
+import sys
 from pathlib import Path
-App({tiny_dataset!r}, Path(sys.argv[1])).run(num_server_rounds=1)
+for name in ("wandb", "torch._dynamo", "torchvision"):
+    sys.modules[name] = None  # an import would raise
+from pytorch_example_low_level import task
+task.load_test_split({tiny_dataset!r})
+assert "flwr_datasets" not in sys.modules
+from tests.conftest import App
+directory = App({tiny_dataset!r}, Path(sys.argv[1])).run(num_server_rounds=1)
+assert '"train_received": 3' in (directory / "results.json").read_text()
 """
     subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, cwd=PROJECT, capture_output=True)
 
