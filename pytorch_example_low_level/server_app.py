@@ -398,7 +398,7 @@ def usable(
         if reply is None:
             reason = f"no answer within {batch.timeout:g} s"
         elif reply.has_error():
-            reason = reply.error.reason or f"error {reply.error.code}"
+            reason = (reply.error.reason or "").strip() or f"error {reply.error.code}"
         else:
             try:
                 value = read(reply.content)

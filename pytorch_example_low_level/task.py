@@ -366,7 +366,7 @@ def train(
     generator = torch.Generator().manual_seed(seed)
     net.to(device).to(memory_format=torch.channels_last).train()
     images, labels = data.images.to(device), data.labels.to(device)
-    parameters = list(net.parameters())
+    parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
     momenta: list[Tensor | None] = [None] * len(parameters)
     total_loss = torch.zeros((), dtype=torch.float64, device=device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -392,7 +392,9 @@ def step(
 
     It is the function inside `torch.optim.SGD(..., fused=True)`, with the same bits. The class
     itself, like every optimizer, imports PyTorch's compiler when it is first used: 1.6 s in
-    every process, which over a network is every message.
+    every process, which over a network is every message. For another optimizer that is a fair
+    price: make it where `momenta` are made, and call its `step` instead of this.
+    https://docs.pytorch.org/docs/stable/generated/torch.optim.SGD.html
     """
     sgd(
         list(parameters),

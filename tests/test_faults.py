@@ -108,6 +108,7 @@ def evaluation(msg, context):
 TRAIN_FAULTS = {
     "raises": (raises, "failed", "out of memory"),
     "error": (lambda m, c: Message(Error(code=3, reason="no"), reply_to=m), "failed", "no"),
+    "error without a reason": (lambda m, c: Message(Error(code=3, reason=" "), reply_to=m), "failed", "error 3"),
     "never answers": (never, "failed", "no answer within"),
     "NaN": (on_arrays(lambda s: replace(s, lambda t: t * math.nan)), "rejected", "'fc1.bias' is not finite"),
     "infinite": (on_arrays(lambda s: replace(s, lambda t: t + math.inf)), "rejected", "not finite"),

@@ -85,19 +85,29 @@ def test_one_step_of_sgd_is_the_gradient_times_the_rate():
     assert net.logits.tolist() == pytest.approx([-0.025, float(np.log(3)) + 0.025], rel=1e-6)
 
 
-def test_steps_of_sgd_have_the_bits_of_the_optimizer_of_pytorch():
+@pytest.mark.parametrize("momentum", [0.9, 0.0])
+def test_steps_of_sgd_have_the_bits_of_the_optimizer_of_pytorch(momentum):
     nets = [task.Net.initial(1, 10, seed=0).to(memory_format=torch.channels_last) for _ in range(2)]
     ours, theirs = ([*net.parameters()] for net in nets)
-    optimizer = torch.optim.SGD(theirs, lr=0.05, momentum=0.9, fused=True)
+    optimizer = torch.optim.SGD(theirs, lr=0.05, momentum=momentum, fused=True)
     momenta = [None] * len(ours)
     for seed in range(3):
         torch.manual_seed(seed)
         gradients = [torch.randn_like(parameter) for parameter in ours]
-        task.step(ours, gradients, momenta, 0.05, 0.9)
+        task.step(ours, gradients, momenta, 0.05, momentum)
         for parameter, gradient in zip(theirs, gradients, strict=True):
             parameter.grad = gradient
         optimizer.step()
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_frozen_layers_stay_as_they_are_and_the_others_learn():
+    net = task.Net.initial(1, 10, seed=0)
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    net.conv1.requires_grad_(False)
+    task.train(net, split(20), **TRAINING)
+    same = {name for name, tensor in net.state_dict().items() if torch.equal(tensor, before[name])}
+    assert same == {"conv1.weight", "conv1.bias"}
 
 
 def test_training_has_the_same_bits_for_the_same_seed_and_leaves_the_global_state_alone():
