@@ -154,6 +154,8 @@ def kill_while_it_trains(federation: Federation, index: int, seen: int) -> None:
 
 def test_a_killed_supernode_is_left_out_and_takes_part_again_when_it_is_back(federation, settings):
     settings |= {"fraction_clients_train": 1.0, "train_timeout": 40.0, "opt_in_probability": 0.0}
+    # Round 2 waits for the node; else it would sample from those that are there.
+    settings |= {"min_available_nodes": NODES, "node_wait_timeout": 120.0}
     seen = len((federation.state / "node-1.log").read_text())
     log = []
     for line in federation.lines(**settings):
@@ -161,7 +163,9 @@ def test_a_killed_supernode_is_left_out_and_takes_part_again_when_it_is_back(fed
         if "Starting round 1/" in line:
             kill_while_it_trains(federation, 1, seen)
         if "results (TRAIN)" in line and federation.supernodes[1].poll() is not None:
-            federation.start_supernode(1)  # in time for its answer to the QUERY
+            # As long as the SuperLink takes the killed node for online, it refuses the new one.
+            wait_for(lambda: federation.online() == NODES - 1)
+            federation.start_supernode(1)
     run = federation.flwr.finished("".join(log))
     assert run.status == "finished:completed", run.log
     first, second = run.results[1:]
