@@ -97,7 +97,7 @@ def plot(runs: dict[str, list[list[dict[str, Any]]]], path: Path) -> None:
     axes.set(xlabel="round", ylabel="accuracy" if len(runs) == 1 else "central accuracy", title=title)
     axes.locator_params(axis="x", integer=True)
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
+    figure.legend(loc="outside lower center", ncols=len(curves))  # beside the axes it hides no curve
     figure.savefig(path, dpi=110)
 
 

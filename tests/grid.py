@@ -2,6 +2,7 @@
 
 import pickle
 import random
+import time
 import tomllib
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -32,7 +33,7 @@ class InProcessGrid(Grid):
     It may return None (never answers), several messages, or raise.
     """
 
-    def __init__(self, client_app: ClientApp, config: dict, num_nodes: int, seed: int = 0) -> None:
+    def __init__(self, client_app: ClientApp | Handler, config: dict, num_nodes: int, seed: int = 0) -> None:
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
         rng = random.Random(seed)
         self.client_app = client_app
@@ -102,3 +103,30 @@ class InProcessGrid(Grid):
         if replies is not None:
             replies = replies if isinstance(replies, list) else [replies]
             self.replies[message.metadata.message_id] = [pickle.loads(pickle.dumps(r)) for r in replies]
+
+
+def echo(message: Message, context: Context) -> Message:
+    return Message(message.content, reply_to=message)
+
+
+class TimedGrid(InProcessGrid):
+    """Partition p answers `delays[p]` seconds after its message was pushed."""
+
+    def __init__(self, delays: list[float], client_app: Handler = echo, config: dict | None = None) -> None:
+        super().__init__(client_app, config or run_config(), len(delays))
+        self.delays = delays
+        self.due: dict[str, float] = {}
+        self.pulled: list[str] = []
+
+    def push_messages(self, messages):
+        ids = super().push_messages(messages)
+        for message in messages:
+            delay = self.delays[self.partition(message.metadata.dst_node_id)]
+            self.due[message.metadata.message_id] = time.monotonic() + delay
+        return ids
+
+    def pull_messages(self, message_ids):
+        ready = [i for i in message_ids if self.due.get(i, 0) <= time.monotonic()]
+        found = super().pull_messages(ready)
+        self.pulled += [reply.metadata.reply_to_message_id for reply in found]
+        return found

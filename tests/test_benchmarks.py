@@ -1,6 +1,7 @@
 """The figures of the README come from programs: here they run, small, and what they compute is checked."""
 
 import contextlib
+import importlib.util
 import io
 import json
 import logging
@@ -10,20 +11,23 @@ import runpy
 import shlex
 import sys
 import threading
+import time
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from flwr.app import MessageType
 
-from benchmarks import convergence, federated_figure, round_time
+from benchmarks import convergence, federated_figure, network_round, round_time
 from benchmarks.federated_figure import evaluate_nodes
 from benchmarks.network_round import look_figures
 from deploy import local_federation
 from deploy.cli import PROJECT, FinishedRun
+from pytorch_example_low_level import client_app
 from tests.conftest import App, results
-from tests.grid import InProcessGrid, make_context
+from tests.grid import InProcessGrid, TimedGrid, make_context
 
 README = (PROJECT / "README.md").read_text()
 NODES = 5
@@ -61,16 +65,21 @@ class InProcessSuperLink:
     def lines(self, nodes: int, app: Path = PROJECT, **run_config) -> list[str]:
         if app.name == "noop-app":
             return run_noop(app, {"rounds": 2, "parameters": 10, "expected": NODES, "sampled": 2, "opted-in": 3})
-        log = io.StringIO()
-        handler = logging.StreamHandler(log)
-        logging.getLogger("flwr").addHandler(handler)
-        self.run(nodes, **run_config)
-        logging.getLogger("flwr").removeHandler(handler)
-        return log.getvalue().splitlines(keepends=True)
+        return logged(lambda: self.run(nodes, **run_config))
 
     def finished(self, log: str) -> FinishedRun:
         directory = re.search(r"📂 Run directory: (.+)", log)
         return FinishedRun("1", log, "finished:completed", Path(directory.group(1)) if directory else None)
+
+
+def logged(function: Callable[[], object]) -> list[str]:
+    """The lines that Flower's logger gets from a function."""
+    log = io.StringIO()
+    handler = logging.StreamHandler(log)
+    logging.getLogger("flwr").addHandler(handler)
+    function()
+    logging.getLogger("flwr").removeHandler(handler)
+    return log.getvalue().splitlines(keepends=True)
 
 
 def run_noop(folder: Path, config: dict) -> list[str]:
@@ -138,11 +147,66 @@ def test_the_command_for_the_round_time_prints_the_figures_of_the_readme(superli
     assert figures["app / floor, a round"] == ratio > 0
 
 
-def test_the_big_model_has_10_mb(tmp_path):
-    source = (round_time.big_app(tmp_path / "app") / "pytorch_example_low_level" / "task.py").read_text()
-    module = types.ModuleType("big")
-    sys.modules["big"] = module
-    exec(compile(source, "big", "exec"), module.__dict__)
+def load(path: Path, name: str, monkeypatch) -> types.ModuleType:
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_command_for_a_round_over_the_network_prints_the_figures_of_the_readme(
+    superlink, monkeypatch, tmp_path, capsys
+):
+    """Each node has sent its reply after 0.25 s, and the ServerApp can have it 0.15 s later."""
+
+    class Grid(TimedGrid):
+        def push_messages(self, messages):
+            for message in messages:
+                log = tmp_path / f"node-{self.partition(message.metadata.dst_node_id)}.log"
+                threading.Timer(0.25, lambda log=log: log.write_text(log.read_text() + "Sent successfully\n")).start()
+            return super().push_messages(messages)
+
+    class Federation:
+        state, flwr = tmp_path, superlink
+
+        def __init__(self, state: Path, nodes: int) -> None:
+            config = superlink.app.config(query_timeout=10.0)
+            self.supernodes = {index: types.SimpleNamespace(pid=1000 + index) for index in range(nodes)}
+            self.grid = Grid([0.4] * nodes, client_app.app, config)
+            for node, context in self.grid.contexts.items():
+                (tmp_path / f"node-{self.grid.partition(context.node_id)}.log").write_text(f"SuperNode ID: {node}\n")
+
+        def __enter__(self) -> "Federation":
+            return self
+
+        def __exit__(self, *args: object) -> None: ...
+
+        def lines(self, app: Path, **run_config) -> list[str]:
+            server = load(app / "pytorch_example_low_level" / "server_app.py", "timed_server_app", monkeypatch)
+            config = superlink.app.config(**run_config)
+            log = logged(lambda: server.main(self.grid, make_context(config)))
+            time.sleep(0.5)  # the watch looks once more
+            return log
+
+    monkeypatch.setattr(network_round, "Federation", Federation)
+    monkeypatch.setattr(network_round, "family", lambda pid: {pid: "flwr-clientapp"})
+    (command,) = commands("benchmarks.network_round")
+    out = tmp_path / "network_round.json"
+    monkeypatch.setattr(sys, "argv", ["network_round", *command, "--rounds", "2", "--out", str(out)])
+    network_round.main()
+    figures = json.loads(out.read_text())
+    section = README[README.index("python -m benchmarks.network_round") :]
+    assert list(figures) == re.findall(r"^\| ([^|]+) \| [\d.]+ \|", section, re.MULTILINE)
+    shown = capsys.readouterr().out
+    assert all(f"| {key} | {value:.2f} |" in shown for key, value in figures.items())
+    assert figures["s in TRAIN"] >= 0.4
+    assert 0 < figures["from a reply sent to a reply in hand, TRAIN, s (median)"] < 2
+
+
+def test_the_big_model_has_10_mb(monkeypatch, tmp_path):
+    app = round_time.big_app(tmp_path / "app")
+    module = load(app / "pytorch_example_low_level" / "task.py", "big_task", monkeypatch)
     assert 10e6 < sum(p.numel() * 4 for p in module.Net().parameters()) < 11e6
 
 

@@ -8,32 +8,9 @@ from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from pytorch_example_low_level import server_app
 from pytorch_example_low_level.config import REPLY_GRACE
 from pytorch_example_low_level.server_app import Mailbox, Node
-from tests.grid import InProcessGrid, make_context, run_config
+from tests.grid import TimedGrid, make_context
 
 NODES = 4
-
-
-class TimedGrid(InProcessGrid):
-    """Partition p answers `delays[p]` seconds after its message was pushed."""
-
-    def __init__(self, delays: list[float]) -> None:
-        super().__init__(lambda msg, context: Message(msg.content, reply_to=msg), run_config(), len(delays))
-        self.delays = delays
-        self.due: dict[str, float] = {}
-        self.pulled: list[str] = []
-
-    def push_messages(self, messages):
-        ids = super().push_messages(messages)
-        for message in messages:
-            delay = self.delays[self.partition(message.metadata.dst_node_id)]
-            self.due[message.metadata.message_id] = time.monotonic() + delay
-        return ids
-
-    def pull_messages(self, message_ids):
-        ready = [i for i in message_ids if self.due.get(i, 0) <= time.monotonic()]
-        found = super().pull_messages(ready)
-        self.pulled += [reply.metadata.reply_to_message_id for reply in found]
-        return found
 
 
 def push(mailbox: Mailbox, timeout: float, message_type: str = MessageType.QUERY):
