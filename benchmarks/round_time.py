@@ -48,6 +48,7 @@ from pytorch_example_low_level.utils import Purpose, random_stream
 WORKERS = os.cpu_count() or 1
 NODES, SAMPLED, OPTED_IN = 50, 10, 25
 MIB = 1024
+STARTS = 5  # of app and engine each: what a start-up takes varies by seconds
 
 NOOP_APP = """
 import time
@@ -214,7 +215,7 @@ def watch(superlink: LocalSuperLink, patterns: dict[str, str], **arguments: Any)
     watched, ended = Watched(FinishedRun("", "", "", None)), threading.Event()
 
     def memory() -> None:
-        while not ended.wait(0.25):
+        while not ended.wait(0.5):
             for status in Path("/proc").glob("[0-9]*/status"):
                 try:
                     text, command = status.read_text(), (status.parent / "cmdline").read_text()
@@ -303,11 +304,11 @@ def measure(
     figures["app, stragglers: s a round, without the deadline's 2 s"] = (
         figures["app, stragglers: s a round"] - query_timeout
     )
-    say("start-up of app and engine, three times each")
+    say(f"start-up of app and engine, {STARTS} times each")
     noop = noop_app(folder / "noop-app")
     engine_first = {"first TRAIN reply": "NOOP train"}
     starts: dict[str, list[float]] = {"app": [], "engine": []}
-    for _ in range(3):
+    for _ in range(STARTS):
         app = watch(superlink, first_reply, **one, query_max_delay=0.0, **common)
         engine = watch(superlink, engine_first, nodes=NODES, app=noop)
         for name, watched in (("app", app), ("engine", engine)):

@@ -11,9 +11,11 @@ from dataclasses import fields
 
 import pytest
 import torch
+import yaml
 from flwr.app import MessageType
 
 from deploy.cli import BIN
+from deploy.local_federation import make_certificates, make_node_key
 from pytorch_example_low_level import client_app, server_app, utils
 from pytorch_example_low_level.config import RunConfig
 from tests.conftest import model, results
@@ -170,6 +172,29 @@ def test_flower_knows_every_option_that_the_readme_gives_it(command):
     assert given
     for options in given:
         assert set(re.findall(r"(?<= )--[a-z-]+", re.sub(r'"[^"]*"', "", options))) <= known, options
+
+
+def test_the_containers_get_the_options_of_the_readme_and_the_files_that_its_steps_make(tmp_path):
+    federation = tmp_path / "federation"
+    make_certificates(federation / "certificates")
+    for node in ("node-0", "node-1"):
+        make_node_key(federation / "keys" / node)
+        (federation / "data" / node).mkdir(parents=True)  # by deploy.prepare_partitions
+    text = (PROJECT / "deploy" / "compose.yml").read_text()
+    for folder in re.search(r"mkdir -p (.*) &&", text).group(1).split():
+        (tmp_path / folder).mkdir()
+    services = yaml.safe_load(text)["services"]
+    assert services.keys() == {"superlink", "supernode-0", "supernode-1"}
+    for name, service in services.items():
+        program = f"flower-{name.removesuffix('-0').removesuffix('-1')}"
+        (command,) = re.findall(rf"`{program} ([^`]+)`", README)
+        options = dict(option.split("=", 1) for option in service["command"] if "=" in option)
+        assert {option.split("=")[0] for option in service["command"]} == set(re.findall(r"--[a-z-]+", command))
+        mounted = dict(reversed(volume.removesuffix(":ro").split(":")) for volume in service["volumes"])
+        assert all((tmp_path / "deploy" / source).resolve().exists() for source in mounted.values())
+        paths = re.findall(r"/app/[\w/.-]+", " ".join(options.values()))
+        assert paths
+        assert all(any(path.startswith(target) for target in mounted) for path in paths)
 
 
 def test_the_flower_configuration_is_one():
