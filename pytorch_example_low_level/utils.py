@@ -19,7 +19,7 @@ from datetime import datetime, timedelta
 from enum import IntEnum
 from importlib.metadata import version
 from itertools import count
-from logging import INFO
+from logging import INFO, WARNING
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
@@ -349,9 +349,14 @@ class Recorder:
     directory: RunDirectory
     state: ServerState
     identity: Mapping[str, Any]
-    wandb_run: wandb.Run | None
+    wandb_run: wandb.Run | None = None
     finished: bool = False
     _closed: bool = False
+
+    def open_wandb(self, config: RunConfig) -> None:
+        """Start a W&B run, unless W&B cannot start."""
+        with self._going_on_without_wandb():
+            self.wandb_run = start_wandb(config, self.directory, self.state)
 
     def new_best(self, accuracy: float) -> None:
         """Keep the current model as the best so far."""
@@ -365,8 +370,9 @@ class Recorder:
         self.state.server_round = int(row["round"] or 0)
         self.state.results.append(row)
         self.directory.save_round(self.state, self.identity)
-        if self.wandb_run is not None:
-            log_to_wandb(self.wandb_run, row, accuracies)
+        with self._going_on_without_wandb():
+            if self.wandb_run is not None:
+                log_to_wandb(self.wandb_run, row, accuracies)
 
     def end_run(self) -> None:
         """Write the final model: with it, the run is finished."""
@@ -379,9 +385,19 @@ class Recorder:
             return
         self._closed = True
         self.directory.save_plot(self.state.results)
-        if self.wandb_run is not None:
-            finish_wandb(self.wandb_run, self.directory, self.state, exit_code=0 if self.finished else 1)
+        with self._going_on_without_wandb():
+            if self.wandb_run is not None:
+                finish_wandb(self.wandb_run, self.directory, self.state, exit_code=0 if self.finished else 1)
         log(INFO, "📂 Run directory: %s", self.directory.path)
+
+    @contextmanager
+    def _going_on_without_wandb(self) -> Iterator[None]:
+        """Let no failure of W&B stop a run: its process may be killed, its disk be full."""
+        try:
+            yield
+        except Exception as error:
+            log(WARNING, "📈 W&B has failed, and the run goes on without it: %s", first_line(error))
+            self.wandb_run = None
 
 
 @contextmanager
@@ -389,8 +405,9 @@ def recording(
     config: RunConfig, directory: RunDirectory, state: ServerState, identity: Mapping[str, Any]
 ) -> Iterator[Recorder]:
     """Open what a run is recorded with, and close it at the run's end: good, bad or by a signal."""
-    wandb_run = start_wandb(config, directory, state) if config.use_wandb else None
-    recorder = Recorder(directory, state, identity, wandb_run)
+    recorder = Recorder(directory, state, identity)
+    if config.use_wandb:
+        recorder.open_wandb(config)
     # On SIGTERM and `flwr stop` Flower ends the process without unwinding this thread.
     add_exit_handler(recorder.close, run_before_force_exit=True)
     try:
@@ -405,12 +422,16 @@ def recording(
 def start_wandb(config: RunConfig, directory: RunDirectory, state: ServerState) -> wandb.Run:
     """Start a W&B run: online where there are credentials and a network, else offline.
 
-    It never stops a run. A resumed run goes on under the same W&B id.
+    A resumed run goes on under the same W&B id. Raises whatever W&B raises when it cannot start at all.
     """
     import wandb
 
-    def init(mode: Literal["offline"] | None) -> wandb.Run:
-        return wandb.init(
+    # Of the program that started the SuperLink, a notebook say: its W&B process may be gone by now,
+    # or still hold the id of a run that was killed.
+    os.environ.pop("WANDB_SERVICE", None)
+
+    def start(mode: Literal["offline"] | None) -> wandb.Run:
+        run = wandb.init(
             project=config.wandb_project,
             dir=directory.path,
             config=config.to_dict(),
@@ -421,21 +442,22 @@ def start_wandb(config: RunConfig, directory: RunDirectory, state: ServerState) 
             # Flower reads this process's output: W&B must not put itself in between.
             settings=wandb.Settings(init_timeout=20, console="off", silent=True),
         )
+        run.define_metric("*", step_metric="round")
+        for name in ("centralized", "federated_evaluate"):  # so that the table of runs shows the best
+            run.define_metric(f"{name}_accuracy", step_metric="round", summary="max")
+            run.define_metric(f"{name}_loss", step_metric="round", summary="min")
+        return run
 
     try:
-        run = init(None)
-    except (wandb.errors.UsageError, wandb.errors.CommError) as error:
+        run = start(None)
+    except Exception as error:  # no account, no network, no W&B process, ...: classes of many libraries
         log(INFO, "📈 W&B cannot go online: %s", first_line(error))
-        run = init("offline")
+        run = start("offline")
     if run.offline:
         log(INFO, "📈 W&B is offline. To upload this run later: wandb sync %s", Path(run.dir).parent)
     else:
         log(INFO, "📈 W&B: %s", run.url)
     state.wandb_id = run.id
-    run.define_metric("*", step_metric="round")
-    for name in ("centralized", "federated_evaluate"):  # so that the table of runs shows the best
-        run.define_metric(f"{name}_accuracy", step_metric="round", summary="max")
-        run.define_metric(f"{name}_loss", step_metric="round", summary="min")
     return run
 
 

@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import tempfile
+import time
 from pathlib import Path
 
 # Before Hugging Face's libraries are imported: nothing of the user's, and no network.
@@ -98,3 +99,11 @@ def model(directory: Path, name: str = "final_model.pt") -> dict[str, torch.Tens
 
 def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
+
+
+def wait_for(condition, seconds: float = 90) -> None:
+    """Wait until something real is so; processes take their time on a busy machine."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)

@@ -1,28 +1,23 @@
 """The very same app on the Deployment Engine: real processes on loopback, TLS, authentication."""
 
-import json
 import os
 import re
-import shlex
-import shutil
 import signal
 import stat
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from benchmarks.simulation import LocalSuperLink
-from deploy.cli import PROJECT, FlowerCli, family, free_port, start, stop
+from deploy.cli import PROJECT, family, free_port, start, stop
 from deploy.local_federation import HOST, Federation, make_certificates, make_node_key
 from deploy.prepare_partitions import write_partitions
-from tests.conftest import model, results, same_bits
+from tests.conftest import model, results, same_bits, wait_for
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]  # on a busy machine a message takes a minute
 NODES = 3
-README = (PROJECT / "README.md").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -54,13 +49,6 @@ INTRUDERS = {
 @pytest.fixture
 def settings(tiny_dataset) -> dict:
     return SETTINGS | {"dataset": tiny_dataset}
-
-
-def wait_for(condition, seconds: float = 90) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
 
 
 @pytest.fixture(scope="module")
@@ -177,57 +165,6 @@ def test_a_killed_supernode_is_left_out_and_takes_part_again_when_it_is_back(fed
     assert 40 <= first["seconds_train"] < 50
     assert re.search(r"Round 1: left out node \d+ \(partition 1\) \(train\)", run.log)
     assert (second["train_sampled"], second["train_received"]) == (3, 3)
-
-
-def test_the_steps_of_the_readme_for_several_machines_make_a_federation(tmp_path, tiny_dataset):
-    """Server, node and desk are folders here, each with the files that the README gives it."""
-    server, node, desk = (tmp_path / name for name in ("server", "node", "desk"))
-    home = {folder: FlowerCli(folder / ".flwr").env for folder in (server, node, desk)}
-    write_partitions(tmp_path / "parts", 1, tiny_dataset, "iid", 1.0, 42)
-    port = free_port()
-    settings = "num-server-rounds=1 min-available-nodes=1 min-train-nodes=1 opt-in-probability=1.0 use-wandb=false"
-    here = {
-        "server.example.org": HOST, "0.0.0.0": HOST, "8000": str(port), "/path/to/ca.crt": str(desk / "ca.crt"),
-        "/path/to/data": str(tmp_path / "parts" / "node-0"),
-        '"query-timeout=30.0"': f"\"query-timeout=30.0 dataset='{tiny_dataset}' {settings}\"",
-    }  # fmt: skip
-    section = README[README.index("### Several machines") : README.index("### Docker")]
-    for there, ours in here.items():
-        assert there in section
-        section = section.replace(there, ours)
-    commands = re.findall(r"`((?:python -c|flower-\w+|flwr \w+) [^`]+)`", section)
-    certificates, key, superlink, register, supernode, run = map(shlex.split, commands)
-
-    def do(command: list[str], cwd: Path, env: dict[str, str]) -> str:
-        done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-    processes = []
-    try:
-        do(certificates, server, home[server])
-        do(key, node, home[node])
-        for folder in (node, desk):
-            shutil.copy(server / "certificates" / "ca.crt", folder)
-        shutil.copy(node / "node-key.pub", desk)
-        (configuration,) = re.findall(r"```toml\n(.*?)```", section, re.DOTALL)
-        (desk / ".flwr" / "config.toml").write_text(configuration)
-
-        processes.append(start(superlink, server, home[server], server / "log"))
-        nodes = ["flwr", "supernode", "ls", "production", "--format", "json"]
-        wait_for(lambda: '"success": true' in FlowerCli(desk / ".flwr")(*nodes[1:]))
-        do(register, desk, home[desk])
-        processes.append(start([*supernode, "--port", str(free_port())], node, home[node], node / "log"))
-        wait_for(lambda: json.loads(do(nodes, desk, home[desk]))["nodes"][0]["status"] == "online")
-        log = do(run, PROJECT, home[desk])
-    finally:
-        for process in reversed(processes):
-            stop(process)
-    (directory,) = (server / "outputs").glob("*/*")
-    row = results(directory)[1]
-    assert (row["nodes_available"], row["train_received"]) == (1, 1), log
-    assert row["evaluate_received"] == row["query_received"]
-    assert (directory / "final_model.pt").exists()
 
 
 def test_private_keys_are_for_their_owner_only_and_nothing_secret_leaks(federation):

@@ -1,24 +1,29 @@
 """What the README says is what the code does."""
 
 import importlib
+import json
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
 import types
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from flwr.app import MessageType
 
-from deploy.cli import BIN
-from deploy.local_federation import make_certificates, make_node_key
+from deploy.cli import BIN, FlowerCli, free_port, start, stop
+from deploy.local_federation import HOST, make_certificates, make_node_key
+from deploy.prepare_partitions import write_partitions
 from pytorch_example_low_level import client_app, server_app, utils
 from pytorch_example_low_level.config import RunConfig
-from tests.conftest import model, results
+from tests.conftest import model, results, wait_for
 from tests.grid import PROJECT, InProcessGrid, make_context
 
 README = (PROJECT / "README.md").read_text()
@@ -174,6 +179,59 @@ def test_flower_knows_every_option_that_the_readme_gives_it(command):
         assert set(re.findall(r"(?<= )--[a-z-]+", re.sub(r'"[^"]*"', "", options))) <= known, options
 
 
+@pytest.mark.e2e
+@pytest.mark.timeout(600)
+def test_the_steps_of_the_readme_for_several_machines_make_a_federation(tmp_path, tiny_dataset):
+    """Server, node and desk are folders here, each with the files that the README gives it."""
+    server, node, desk = (tmp_path / name for name in ("server", "node", "desk"))
+    home = {folder: FlowerCli(folder / ".flwr").env for folder in (server, node, desk)}
+    write_partitions(tmp_path / "parts", 1, tiny_dataset, "iid", 1.0, 42)
+    port = free_port()
+    settings = "num-server-rounds=1 min-available-nodes=1 min-train-nodes=1 opt-in-probability=1.0 use-wandb=false"
+    here = {
+        "server.example.org": HOST, "0.0.0.0": HOST, "8000": str(port), "/path/to/ca.crt": str(desk / "ca.crt"),
+        "/path/to/data": str(tmp_path / "parts" / "node-0"),
+        '"query-timeout=30.0"': f"\"query-timeout=30.0 dataset='{tiny_dataset}' {settings}\"",
+    }  # fmt: skip
+    section = README[README.index("### Several machines") : README.index("### Docker")]
+    for there, ours in here.items():
+        assert there in section
+        section = section.replace(there, ours)
+    commands = re.findall(r"`((?:python -c|flower-\w+|flwr \w+) [^`]+)`", section)
+    certificates, key, superlink, register, supernode, run = map(shlex.split, commands)
+
+    def do(command: list[str], cwd: Path, env: dict[str, str]) -> str:
+        done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    processes = []
+    try:
+        do(certificates, server, home[server])
+        do(key, node, home[node])
+        for folder in (node, desk):
+            shutil.copy(server / "certificates" / "ca.crt", folder)
+        shutil.copy(node / "node-key.pub", desk)
+        (configuration,) = re.findall(r"```toml\n(.*?)```", section, re.DOTALL)
+        (desk / ".flwr" / "config.toml").write_text(configuration)
+
+        processes.append(start(superlink, server, home[server], server / "log"))
+        nodes = ["flwr", "supernode", "ls", "production", "--format", "json"]
+        wait_for(lambda: '"success": true' in FlowerCli(desk / ".flwr")(*nodes[1:]))
+        do(register, desk, home[desk])
+        processes.append(start([*supernode, "--port", str(free_port())], node, home[node], node / "log"))
+        wait_for(lambda: json.loads(do(nodes, desk, home[desk]))["nodes"][0]["status"] == "online")
+        log = do(run, PROJECT, home[desk])
+    finally:
+        for process in reversed(processes):
+            stop(process)
+    (directory,) = (server / "outputs").glob("*/*")
+    row = results(directory)[1]
+    assert (row["nodes_available"], row["train_received"]) == (1, 1), log
+    assert row["evaluate_received"] == row["query_received"]
+    assert (directory / "final_model.pt").exists()
+
+
 def test_the_containers_get_the_options_of_the_readme_and_the_files_that_its_steps_make(tmp_path):
     federation = tmp_path / "federation"
     make_certificates(federation / "certificates")
@@ -206,4 +264,4 @@ def test_the_commands_for_set_up_are_complete():
     assert re.search(r"^pip install -e \. && .*flwr run \. --stream", README, re.MULTILINE)
     ci = (PROJECT / ".ci" / "run").read_text()
     assert "<!-- test command -->" in ci
-    assert "<!-- test command -->\n```shell\npip install -e '.[test]' && pytest\n```" in README
+    assert "<!-- test command -->\n```shell\npip install -e '.[test]' && pytest -n 2 --dist loadfile\n```" in README

@@ -13,7 +13,7 @@ import torch
 
 from pytorch_example_low_level import server_app, utils
 from pytorch_example_low_level.config import RunConfig, UserError
-from tests.conftest import results
+from tests.conftest import results, wait_for
 from tests.grid import PROJECT, make_context, run_config
 
 
@@ -206,13 +206,19 @@ def test_an_offline_run_holds_configuration_steps_histogram_plot_artifact_and_su
 
 
 def read_wandb(folder: Path) -> list:
-    """Read W&B's own file back: records in LevelDB's log format, behind a header of 7 bytes.
+    """Read W&B's own file back, once it is whole: W&B's process may still write when `finish` has returned."""
+    (file,) = folder.glob("run-*.wandb")
+    wait_for(lambda: (records := records_of(file)) and records[-1].WhichOneof("record_type") == "exit")
+    return records_of(file)
+
+
+def records_of(file: Path) -> list:
+    """Read records in LevelDB's log format, behind a header of 7 bytes.
 
     https://github.com/google/leveldb/blob/main/doc/log_format.md
     """
     from wandb.proto.wandb_internal_pb2 import Record
 
-    (file,) = folder.glob("run-*.wandb")
     data, position, parts, records = file.read_bytes(), 7, b"", []
     while position + 7 <= len(data):
         left_in_block = 32768 - position % 32768
@@ -220,6 +226,8 @@ def read_wandb(folder: Path) -> list:
             position += left_in_block
             continue
         _, length, kind = struct.unpack("<IHB", data[position : position + 7])
+        if position + 7 + length > len(data):
+            break  # not written to its end
         parts += data[position + 7 : position + 7 + length]
         position += 7 + length
         if kind in (1, 4):  # whole, or the last part
@@ -246,6 +254,29 @@ def test_no_credentials_or_network_means_offline_and_never_stops_a_run(app, monk
     assert modes == [None, "offline"]
     assert len(results(directory)) == 2
     assert any("cannot go online: no network" in r.message for r in caplog.records)
+
+
+@pytest.mark.parametrize("step", ["init", "log", "finish"])
+def test_a_failure_of_wandb_is_said_once_and_never_stops_a_run(app, monkeypatch, caplog, step):
+    """As when W&B's process has been killed: then the next call raises ConnectionResetError."""
+    import wandb
+
+    owner = wandb if step == "init" else wandb.Run
+    real = getattr(owner, step)
+
+    def fail(*args, **kwargs):
+        if step == "finish":
+            real(*args, **kwargs)  # so that no other test finds the run open
+        raise ConnectionResetError("Connection lost")
+
+    monkeypatch.setattr(owner, step, fail)
+    directory = app.run(use_wandb=True)
+    monkeypatch.undo()
+    wandb.finish()
+    assert len(results(directory)) == 3
+    assert (directory / "final_model.pt").exists()
+    said = [r.getMessage() for r in caplog.records if "goes on without it" in r.getMessage()]
+    assert said == ["📈 W&B has failed, and the run goes on without it: Connection lost"]
 
 
 def test_a_run_that_fails_closes_wandb_and_keeps_its_files(app, monkeypatch):
