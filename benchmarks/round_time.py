@@ -86,7 +86,7 @@ def main(grid, context):
         messages = [Message(content, node, kind) for node in nodes[:count]]
         replies = list(grid.send_and_receive(messages))
         assert len(replies) == count
-        print(f"NOOP {kind} {count} {time.monotonic() - started:.3f}", flush=True)
+        print(f"NOOP {kind} {count} {time.monotonic() - started:.6f}", flush=True)
     exchange(MessageType.QUERY, len(nodes))
     for _ in range(cfg["rounds"]):
         exchange(MessageType.TRAIN, cfg["sampled"])

@@ -35,7 +35,7 @@ SETTINGS = {
     "partitioner": "iid",
     "num_server_rounds": 2,
     "fraction_clients_train": 0.5,
-    "query_max_delay": 0.0,
+    "query_max_delay": 0.3,  # so that a round takes half a second on a fast machine, too: `flwr stop` needs some
     "query_timeout": 60.0,
     "use_wandb": False,
 }
@@ -184,7 +184,7 @@ def test_a_run_that_is_killed_and_stopped_ends_with_the_bits_of_one_that_is_not(
     settings |= {"num_server_rounds": ROUNDS, "use_wandb": True}
     rng, directory, done = random.Random(os.environ.get("KILL_SEED", "0")), "", 0
     for how in ACTIONS:
-        delay = rng.uniform(0, 0.6)  # a round of this size takes about half a second
+        delay = rng.uniform(0, 0.8)  # about a round
         second_round = rf"Starting round {done + 2}/"
         action = partial(interrupt, superlink, how)
         directory = run_until(superlink, second_round, delay, action, **settings, resume_from=str(directory))

@@ -2,11 +2,15 @@
 
 import json
 import shutil
+import signal
+import threading
+from functools import partial
 
 import pytest
 import torch
+from flwr.app import MessageType
 
-from pytorch_example_low_level import server_app, utils
+from pytorch_example_low_level import client_app, server_app, utils
 from pytorch_example_low_level.config import UserError
 from tests.conftest import load_test_split_once, model, results, same_bits
 
@@ -64,6 +68,44 @@ def test_a_crash_at_any_write_loses_nothing_but_the_round_in_flight(app, monkeyp
     assert results(directory) == results(uninterrupted)
     for name in ("final_model.pt", "checkpoints/best.pt"):
         assert same_bits(model(directory, name), model(uninterrupted, name))
+    assert (directory / "metrics.png").exists()
+
+
+@pytest.fixture
+def alarm():
+    """Set alarms as Ray does; the one that ends a test which takes too long is set again behind it."""
+    own, interval = signal.setitimer(signal.ITIMER_REAL, 0)
+    yield partial(signal.setitimer, signal.ITIMER_REAL)
+    signal.setitimer(signal.ITIMER_REAL, own, interval)
+
+
+@pytest.mark.parametrize("notice", ["Ray's alarm", "the main thread has ended"])
+def test_a_simulation_that_ends_answers_for_its_workers_but_is_not_believed(
+    app, uninterrupted, monkeypatch, caplog, alarm, notice
+):
+    """As on SIGTERM: the last reply of a round is an error, because its worker has been ended."""
+    grid = app.grid()
+
+    def ended(msg, context):
+        if (msg.metadata.message_type, msg.metadata.group_id) == (MessageType.EVALUATE, "2"):
+            if notice == "Ray's alarm":
+                alarm(server_app.RAY_ABORT)
+            else:
+                monkeypatch.setattr(server_app.threading, "main_thread", threading.Thread)  # one that does not run
+            raise RuntimeError("the worker has been ended")
+        return client_app.app(msg, context)
+
+    grid.handlers = dict.fromkeys(range(5), ended)
+    handed_back: list[int] = []
+    monkeypatch.setattr(server_app.signal, "raise_signal", handed_back.append)
+    with pytest.raises(UserError, match="engine has ended"):
+        app.run(grid, **SETTINGS)
+    if notice == "Ray's alarm":
+        assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+    assert handed_back == ([signal.SIGINT] if notice == "Ray's alarm" else [])
+    assert "left out" not in caplog.text
+    directory = app.latest()
+    assert results(directory) == results(uninterrupted)[:2]  # round 2 is not recorded
     assert (directory / "metrics.png").exists()
 
 
