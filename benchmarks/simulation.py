@@ -50,7 +50,9 @@ class LocalSuperLink:
 
 def copy_app(folder: Path) -> Path:
     """Copy the app, to change something in it for a measurement."""
-    left_out = shutil.ignore_patterns(".git", "fashion_mnist_sample", "outputs", ".venv", "*_cache", "federation")
+    left_out = shutil.ignore_patterns(
+        ".git", "fashion_mnist_sample", "outputs", ".venv", "*_cache", "federation", "partitions"
+    )
     shutil.copytree(PROJECT, folder, ignore=left_out)
     return folder
 
