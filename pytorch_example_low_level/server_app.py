@@ -39,7 +39,8 @@ NPY_HEADER = 4096  # bytes that an array may be longer than its values
 PULL_WINDOW = 8  # models that are fetched ahead of their turn, at most
 POLL_PAUSE = (0.01, 0.1)  # seconds between two looks for replies: soon after one came, and later on
 LOG_EVERY = 10  # seconds in which a phase that takes long says how far it is
-RAY_ABORT = 3  # seconds after SIGTERM in which Ray has a process aborted
+RAY_ABORT = 3  # seconds after SIGTERM in which Ray has a process aborted ...
+TIME_TO_CLOSE = 60  # ... and what we grant it instead: W&B may have to upload
 
 app = ServerApp()
 
@@ -585,12 +586,13 @@ def check_engine() -> None:
     The engine is the main thread, and this is another. In a simulation Ray takes SIGTERM in Flower's
     place: it sets an alarm that aborts the process (Abseil's failure handler), and ends the main thread
     in its own time. No answer will come any more, and nobody would close the run. So hand the signal
-    back, as one that Ray leaves alone.
+    back to the main thread, as one that Ray leaves alone.
     """
     abort_in = signal.getitimer(signal.ITIMER_REAL)[0] if hasattr(signal, "getitimer") else 0  # not on Windows
     if 0 < abort_in <= RAY_ABORT:
-        signal.alarm(0)
-        signal.raise_signal(signal.SIGINT)  # Flower closes the run, and reports that it was stopped
+        signal.alarm(TIME_TO_CLOSE)
+        # Flower's handler closes the run, and reports that it was stopped.
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
     elif threading.main_thread().is_alive():
         return
     raise UserError("Flower's engine has ended. The run can be resumed with resume-from.")

@@ -96,13 +96,14 @@ def test_a_simulation_that_ends_answers_for_its_workers_but_is_not_believed(
         return client_app.app(msg, context)
 
     grid.handlers = dict.fromkeys(range(5), ended)
-    handed_back: list[int] = []
-    monkeypatch.setattr(server_app.signal, "raise_signal", handed_back.append)
+    handed_back: list[tuple] = []
+    monkeypatch.setattr(server_app.signal, "pthread_kill", lambda *args: handed_back.append(args))
     with pytest.raises(UserError, match="engine has ended"):
         app.run(grid, **SETTINGS)
     if notice == "Ray's alarm":
-        assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
-    assert handed_back == ([signal.SIGINT] if notice == "Ray's alarm" else [])
+        left, _ = signal.getitimer(signal.ITIMER_REAL)
+        assert server_app.RAY_ABORT < left <= server_app.TIME_TO_CLOSE
+        assert handed_back == [(threading.main_thread().ident, signal.SIGINT)]
     assert "left out" not in caplog.text
     directory = app.latest()
     assert results(directory) == results(uninterrupted)[:2]  # round 2 is not recorded
