@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -20,6 +21,10 @@ from pytorch_example_low_level import client_app, server_app, task, utils
 from tests.grid import InProcessGrid, make_context, run_config
 
 torch.set_num_threads(1)
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
