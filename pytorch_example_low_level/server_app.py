@@ -10,9 +10,7 @@ from __future__ import annotations
 import functools
 import io
 import math
-import signal
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -39,8 +37,6 @@ NPY_HEADER = 4096  # bytes that an array may be longer than its values
 PULL_WINDOW = 8  # models that are fetched ahead of their turn, at most
 POLL_PAUSE = (0.01, 0.1)  # seconds between two looks for replies: soon after one came, and later on
 LOG_EVERY = 10  # seconds in which a phase that takes long says how far it is
-RAY_ABORT = 3  # seconds after SIGTERM in which Ray has a process aborted ...
-TIME_TO_CLOSE = 60  # ... and what we grant it instead: W&B may have to upload
 
 app = ServerApp()
 
@@ -178,7 +174,7 @@ def connected_nodes(mailbox: Mailbox, config: RunConfig, roll: dict[int, Node]) 
                 f"min-available-nodes is {config.min_available_nodes}. Start more nodes, wait longer "
                 "(node-wait-timeout) or ask for fewer (min-available-nodes, min-train-nodes)."
             )
-        check_engine()
+        utils.check_engine()
         if time.monotonic() >= log_at:
             log(INFO, "Waiting for nodes: %s/%s, %.0f s left", len(connected), config.min_available_nodes, left)
             log_at += 5
@@ -571,28 +567,10 @@ class Mailbox:
         self._late = {i: forget_at for i, forget_at in self._late.items() if now < forget_at}
         replies: dict[str, Message] = {}
         pulled = self.grid.pull_messages({*wanted, *self._late})
-        check_engine()  # behind the pull: an engine that ends answers for its workers, with errors
+        utils.check_engine()  # behind the pull: an engine that ends answers for its workers, with errors
         for reply in pulled:
             message_id = reply.metadata.reply_to_message_id
             if self._late.pop(message_id, None) is None and message_id in wanted:
                 replies.setdefault(message_id, reply)
                 self._last_reply = now
         return replies
-
-
-def check_engine() -> None:
-    """Raise UserError when the simulation around this thread ends, as it does on SIGTERM.
-
-    The engine is the main thread, and this is another. In a simulation Ray takes SIGTERM in Flower's
-    place: it sets an alarm that aborts the process (Abseil's failure handler), and ends the main thread
-    in its own time. No answer will come any more, and nobody would close the run. So hand the signal
-    back to the main thread, as one that Ray leaves alone.
-    """
-    abort_in = signal.getitimer(signal.ITIMER_REAL)[0] if hasattr(signal, "getitimer") else 0  # not on Windows
-    if 0 < abort_in <= RAY_ABORT:
-        signal.alarm(TIME_TO_CLOSE)
-        # Flower's handler closes the run, and reports that it was stopped.
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
-    elif threading.main_thread().is_alive():
-        return
-    raise UserError("Flower's engine has ended. The run can be resumed with resume-from.")

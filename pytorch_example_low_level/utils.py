@@ -11,6 +11,8 @@ import json
 import math
 import os
 import platform
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -39,6 +41,9 @@ if TYPE_CHECKING:
 
 StateDict = dict[str, Tensor]
 Row = dict[str, int | float | None]  # one round in results.json
+
+RAY_ABORT = 3  # seconds after SIGTERM in which Ray has a process aborted ...
+TIME_TO_CLOSE = 60  # ... and what we grant it instead: W&B may have to upload
 
 # What results.json says of a round, in this order; what a round does not have is None.
 RESULT_KEYS = (
@@ -408,12 +413,31 @@ def recording(
     recorder = Recorder(directory, state, identity)
     if config.use_wandb:
         recorder.open_wandb(config)
-    # On SIGTERM and `flwr stop` Flower ends the process without unwinding this thread.
+    # On SIGTERM and `flwr stop` Flower ends the process without unwinding this thread. (Ray stands
+    # between the two in a simulation: see check_engine.)
     add_exit_handler(recorder.close, run_before_force_exit=True)
     try:
         yield recorder
     finally:
         recorder.close()
+
+
+def check_engine() -> None:
+    """Raise UserError when the simulation around this thread ends, as it does on SIGTERM.
+
+    The engine is the main thread, and this is another. In a simulation Ray takes SIGTERM in Flower's
+    place: it sets an alarm that aborts the process (Abseil's failure handler), and ends the main thread
+    in its own time. No answer will come any more, and nobody would close the run. So hand the signal
+    back to the main thread, as one that Ray leaves alone.
+    """
+    abort_in = signal.getitimer(signal.ITIMER_REAL)[0] if hasattr(signal, "getitimer") else 0  # not on Windows
+    if 0 < abort_in <= RAY_ABORT:
+        signal.alarm(TIME_TO_CLOSE)
+        # Flower's handler closes the run, and reports that it was stopped.
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+    elif threading.main_thread().is_alive():
+        return
+    raise UserError("Flower's engine has ended. The run can be resumed with resume-from.")
 
 
 # ----------------------------------------------------------------------- Weights & Biases

@@ -89,21 +89,23 @@ def test_a_simulation_that_ends_answers_for_its_workers_but_is_not_believed(
     def ended(msg, context):
         if (msg.metadata.message_type, msg.metadata.group_id) == (MessageType.EVALUATE, "2"):
             if notice == "Ray's alarm":
-                alarm(server_app.RAY_ABORT)
+                alarm(utils.RAY_ABORT)
             else:
-                monkeypatch.setattr(server_app.threading, "main_thread", threading.Thread)  # one that does not run
+                monkeypatch.setattr(utils.threading, "main_thread", threading.Thread)  # one that does not run
             raise RuntimeError("the worker has been ended")
         return client_app.app(msg, context)
 
     grid.handlers = dict.fromkeys(range(5), ended)
     handed_back: list[tuple] = []
-    monkeypatch.setattr(server_app.signal, "pthread_kill", lambda *args: handed_back.append(args))
+    monkeypatch.setattr(utils.signal, "pthread_kill", lambda *args: handed_back.append(args))
     with pytest.raises(UserError, match="engine has ended"):
         app.run(grid, **SETTINGS)
     if notice == "Ray's alarm":
         left, _ = signal.getitimer(signal.ITIMER_REAL)
-        assert server_app.RAY_ABORT < left <= server_app.TIME_TO_CLOSE
+        assert utils.RAY_ABORT < left <= utils.TIME_TO_CLOSE
         assert handed_back == [(threading.main_thread().ident, signal.SIGINT)]
+    else:
+        assert handed_back == []
     assert "left out" not in caplog.text
     directory = app.latest()
     assert results(directory) == results(uninterrupted)[:2]  # round 2 is not recorded
