@@ -1,70 +1,80 @@
 """The ClientApp: how a node answers TRAIN, EVALUATE and QUERY messages.
 
-Records and keys are those of Flower's built-in strategies, so that this ClientApp also runs
-under `flwr.serverapp.strategy.FedAvg`. A node draws no random number from a global state: all
-derives from (seed, round, partition), so it does not matter which process does the work.
+Records and keys are those of Flower's built-in strategies, so this ClientApp also runs under
+`flwr.serverapp.strategy.FedAvg`. All random numbers derive from (seed, round, partition), so it
+does not matter which process does the work.
 """
 
 from __future__ import annotations
 
+import math
 import time
+import traceback
+from collections.abc import Callable
+from logging import getLogger
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from torch import nn
 
 from pytorch_example_low_level import task
-from pytorch_example_low_level.config import REPLY_GRACE, RunConfig
-from pytorch_example_low_level.utils import Purpose, random_stream
+from pytorch_example_low_level.config import Purpose, RunConfig, random_stream
+from pytorch_example_low_level.messaging import to_array_record
 
-app = ClientApp()
+log = getLogger("flwr")
+
+
+def report_errors(msg: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
+    """Answer with an error that says what went wrong on this node, and where, in one line.
+
+    Without it the server gets the error wrapped by Flower's engine, and a simulation prints its
+    traceback several times. The node's own log has the traceback with FLWR_LOG_LEVEL=DEBUG.
+    https://flower.ai/docs/framework/how-to-use-built-in-mods.html
+    """
+    try:
+        return call_next(msg, context)
+    except Exception as error:
+        log.debug("A handler failed", exc_info=True)
+        text = " ".join(str(error).split())
+        if not isinstance(error, task.DataError | TimeoutError):  # a fault in the code: say where
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            text = f"{type(error).__name__}: {text} ({frame.name} in {frame.filename}, line {frame.lineno})"
+        return Message(Error(code=0, reason=text), reply_to=msg)
+
+
+app = ClientApp(mods=[report_errors])
 
 
 @app.train()
 def train(msg: Message, context: Context) -> Message:
     """Train the received model on this node's training split; return it with its weight."""
-    if is_overdue(msg):
-        return too_late(msg)
+    check_deadline(msg)
     config = RunConfig.from_context(context)
-    server_round, lr = read_instructions(msg, "server-round", "lr")
-    net = task.Net.from_state_dict(msg.content.array_records["arrays"].to_torch_state_dict())
-    data = local_split("train", net.in_channels, config, context)
-    stream = random_stream(config.seed, Purpose.TRAIN, int(server_round), partition_of(context))
-    use_one_thread()
+    data = local_split("train", msg, config, context)
+    net = received_model(msg, data)
+    stream = random_stream(config.seed, Purpose.TRAIN, int(number(msg, "server-round")), partition_of(context))
+    seed = int(stream.integers(2**63))
+    torch.set_num_threads(1)  # how a sum is split over threads decides its last bits
 
-    try:
-        train_loss = task.train(
-            net,
-            data,
-            epochs=config.local_epochs,
-            batch_size=config.batch_size,
-            lr=lr,
-            momentum=config.momentum,
-            augment=config.augment,
-            seed=int(stream.integers(2**63)),
-            device=task.pick_device(),
-            overdue=lambda: is_overdue(msg),
-        )
-    except TimeoutError:
-        return too_late(msg)
+    device = task.pick_device()
+    train_loss = task.train(net, data, config, lr=number(msg, "lr"), seed=seed, device=device, deadline=deadline(msg))
 
     # "num-examples" is the weight that FedAvg gives to this node's model.
     metrics = MetricRecord({"train_loss": train_loss, "num-examples": len(data)})
-    content = RecordDict({"arrays": ArrayRecord(net.state_dict()), "metrics": metrics})
+    content = RecordDict({"arrays": to_array_record(net.state_dict()), "metrics": metrics})
     return Message(content, reply_to=msg)
 
 
 @app.evaluate()
 def evaluate(msg: Message, context: Context) -> Message:
     """Evaluate the received model on this node's validation split."""
-    if is_overdue(msg):
-        return too_late(msg)
-    config = RunConfig.from_context(context)
-    net = task.Net.from_state_dict(msg.content.array_records["arrays"].to_torch_state_dict())
-    data = local_split("validation", net.in_channels, config, context)
-    use_one_thread()
+    check_deadline(msg)
+    data = local_split("validation", msg, RunConfig.from_context(context), context)
+    net = received_model(msg, data)
+    torch.set_num_threads(1)
 
-    loss, accuracy = task.test(net, data, task.pick_device())
+    loss, accuracy, _ = task.test(net, data, task.pick_device())
 
     metrics = MetricRecord({"eval_loss": loss, "eval_acc": accuracy, "num-examples": len(data)})
     return Message(RecordDict({"metrics": metrics}), reply_to=msg)
@@ -74,82 +84,66 @@ def evaluate(msg: Message, context: Context) -> Message:
 def query(msg: Message, context: Context) -> Message:
     """Say whether this node opts in to the evaluation, after the time a person might take.
 
-    Real nodes would look at their battery, their owner's consent or their load. Here chance
-    decides, and how long they think makes some of them miss the deadline.
+    A real node would look at its battery, its load or its owner's consent. Here it is random, and
+    the delay makes some nodes miss the deadline.
     """
     config = RunConfig.from_context(context)
-    server_round, max_delay = read_instructions(msg, "server-round", "max-delay")
-    stream = random_stream(config.seed, Purpose.QUERY, int(server_round), partition_of(context))
-    delay = stream.random() * max_delay
+    stream = random_stream(config.seed, Purpose.QUERY, int(number(msg, "server-round")), partition_of(context))
+    delay = stream.random() * number(msg, "max-delay")
     opt_in = bool(stream.random() < config.opt_in_probability)
 
-    # In a simulation a sleeping node keeps a worker from others. Nobody reads an answer that
-    # comes after the deadline, so none is worth sleeping past it.
-    time.sleep(max(0.0, min(delay, deadline_of(msg) - time.time())))
+    # In a simulation a sleeping node blocks a worker, so no node sleeps past the deadline.
+    time.sleep(max(0.0, min(delay, deadline(msg) - time.time())))
 
-    answer = ConfigRecord({"opt-in": opt_in})
-    if "partition-id" in context.node_config:
-        answer["partition-id"] = partition_of(context)
-    return Message(RecordDict({"config": answer}), reply_to=msg)
+    return Message(RecordDict({"config": ConfigRecord({"opt-in": opt_in})}), reply_to=msg)
 
 
-def read_instructions(msg: Message, *names: str) -> list[float]:
-    """Return numbers of the message's `config`. Raises ValueError that names what is missing."""
-    instructions = msg.content.config_records["config"]
-    values = [instructions.get(name) for name in names]
-    if not all(isinstance(value, int | float) for value in values):
-        raise ValueError(f"the message's config needs the numbers {names}, it is {dict(instructions)}")
-    return [float(value) for value in values]  # type: ignore[arg-type]
+def number(msg: Message, name: str, default: float | None = None) -> float:
+    """Return a number of the message's `config`. Raises ValueError when it is missing."""
+    value = msg.content.config_records["config"].get(name, default)
+    if not isinstance(value, int | float):
+        raise ValueError(f"the message's config needs the number {name!r}, it is {value!r}")
+    return float(value)
 
 
-def local_split(part: str, in_channels: int, config: RunConfig, context: Context) -> task.Split:
+def deadline(msg: Message) -> float:
+    """Return until when the server waits, in seconds since the epoch. Other ServerApps do not say: infinity."""
+    return number(msg, "deadline", math.inf)
+
+
+def check_deadline(msg: Message) -> None:
+    """Raise TimeoutError if the server no longer waits: work for nobody would hold up other messages."""
+    if time.time() > deadline(msg):
+        raise TimeoutError("the deadline passed before the message was handled")
+
+
+def received_model(msg: Message, data: task.Split) -> nn.Module:
+    """Return the server's model. Raises DataError when it is not one for this node's images."""
+    net = task.make_model(data.in_channels, len(data.class_names))
+    try:
+        net.load_state_dict(msg.content.array_records["arrays"].to_torch_state_dict())
+    except RuntimeError as error:
+        raise task.DataError(
+            f"the server's model does not fit this node's images, which have {data.in_channels} channels and "
+            f"{len(data.class_names)} classes: {error}"
+        ) from error
+    return net
+
+
+def local_split(part: str, msg: Message, config: RunConfig, context: Context) -> task.Split:
     """Load this node's "train" or "validation" split, from its own folder if it has one."""
-    node = context.node_config
+    node, partition = context.node_config, partition_of(context)
     if "data-path" in node:
-        # partition_of() can be a node id here: any number will do that is always the same.
-        return task.load_folder(part, in_channels, str(node["data-path"]), partition_of(context), config.seed)
-    if "partition-id" not in node or "num-partitions" not in node:
+        splits = task.load_folder(str(node["data-path"]), partition, config.seed)
+    elif "partition-id" in node and "num-partitions" in node:
+        how = (config.dataset, config.partitioner, config.dirichlet_alpha, config.seed)
+        splits = task.load_partition(partition, int(node["num-partitions"]), *how)
+    else:
         raise task.DataError("a node needs --node-config 'data-path=\"…\"' or 'partition-id=… num-partitions=…'")
-    splits = task.load_partition(
-        in_channels,
-        partition_of(context),
-        int(node["num-partitions"]),
-        config.dataset,
-        config.partitioner,
-        config.dirichlet_alpha,
-        config.seed,
-    )
-    return splits[part]
+    names = msg.content.config_records["config"].get("class-names")  # other ServerApps do not send them
+    return splits[part].numbered_as([str(name) for name in names]) if isinstance(names, list) else splits[part]
 
 
 def partition_of(context: Context) -> int:
-    """Return the number by which this node is known in every run: its partition, else its id."""
+    """Return the number of this node that is the same in every run: its partition, else its id."""
     return int(context.node_config.get("partition-id", context.node_id))
-
-
-def deadline_of(msg: Message) -> float:
-    """Return when the server stops waiting for the reply, in seconds since the epoch.
-
-    The server lets a message live REPLY_GRACE longer than it waits for the answer.
-    """
-    return msg.metadata.created_at + msg.metadata.ttl - REPLY_GRACE
-
-
-def is_overdue(msg: Message) -> bool:
-    """Tell whether nobody waits for the reply any more: then work would only hold up others."""
-    return time.time() > deadline_of(msg)
-
-
-def too_late(msg: Message) -> Message:
-    """Answer a message whose deadline has passed."""
-    return Message(Error(code=0, reason="the deadline of the message has passed"), reply_to=msg)
-
-
-def use_one_thread() -> None:
-    """Compute with one thread.
-
-    How a sum is split over threads decides its last bits, so their number must not depend on
-    the machine. For models this small one thread is also the fastest: set more if yours is
-    large and equal bits on all machines do not matter.
-    """
-    torch.set_num_threads(1)

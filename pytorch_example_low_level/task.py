@@ -1,45 +1,41 @@
 """Model, data, training and testing: PyTorch and data sets, nothing of Flower's messages.
 
-Images are kept as `uint8` tensors, decoded once, and turned into floats a batch at a time.
-That is what makes a round cheap: decoding and transforming image by image costs more than
-the training itself.
+Images are decoded once and kept as `uint8` tensors. They are turned into floats a batch at a time,
+which is much cheaper than transforming them image by image.
 """
 
 from __future__ import annotations
 
 import math
-import os
+import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-from urllib.error import HTTPError
-from urllib.request import urlopen
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.sgd import sgd
 
-from pytorch_example_low_level.config import UserError, first_line
+from pytorch_example_low_level.config import Purpose, RunConfig, UserError, first_line, random_stream
 
 if TYPE_CHECKING:
     import datasets
-    from flwr_datasets import FederatedDataset
+    from flwr_datasets.partitioner import Partitioner
+    from PIL import Image
 
 StateDict = dict[str, Tensor]
 
 BUNDLED = "fashion-mnist-sample"
-PARTS = ("train", "validation")
+ON_THE_HUB = "zalando-datasets/fashion_mnist"  # stands in where the bundled images are not installed
 VALIDATION_SHARE = 0.2  # of a node's images; the rest is for training
 TEST_SPLITS = ("test", "validation", "valid")  # the first that a data set has
-NATIVE_SIZES = ((28, 28), (32, 32))  # images of other sizes are resized to 32x32
-MIN_PARTITION = 5  # images: four to train, one to validate
+MIN_PARTITION = 5  # images: four to train on, one to validate on
 
 
 class DataError(UserError):
@@ -55,7 +51,7 @@ class Net(nn.Module):
     Maps float images (N, in_channels, H, W), 28x28 or 32x32, to logits (N, num_classes).
     """
 
-    def __init__(self, in_channels: int = 1, num_classes: int = 10) -> None:
+    def __init__(self, in_channels: int, num_classes: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, 16, 5)
         self.conv2 = nn.Conv2d(16, 32, 5)
@@ -64,50 +60,44 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits."""
-        # ReLU commutes with max-pooling, and has four times less to do behind it.
+        # ReLU and max-pooling commute; in this order ReLU has a quarter of the work.
         x = F.relu(F.max_pool2d(self.conv1(x), 2))
         x = F.relu(F.max_pool2d(self.conv2(x), 2))
-        if x.shape[-2:] != (4, 4):  # 28x28 images give 4x4 by themselves, 32x32 give 5x5
+        if x.shape[-2:] != (4, 4):  # 28x28 images give 4x4 here, 32x32 give 5x5
             x = F.adaptive_avg_pool2d(x, 4)
         x = F.relu(self.fc1(x.flatten(1)))
         logits: Tensor = self.fc2(x)
         return logits
 
-    @property
-    def in_channels(self) -> int:
-        """1 for grey, 3 for RGB images."""
-        return self.conv1.in_channels
 
-    @classmethod
-    def initial(cls, in_channels: int, num_classes: int, seed: int) -> Net:
-        """Make a net with random weights that depend on `seed` alone."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return cls(in_channels, num_classes)
+def make_model(in_channels: int, num_classes: int) -> nn.Module:
+    """Make the model. This is the one place to put another: server and nodes get theirs here.
 
-    @classmethod
-    def from_state_dict(cls, state_dict: StateDict) -> Net:
-        """Make the net that `state_dict` belongs to: a node needs to be told nothing else.
+    It maps float images (N, in_channels, H, W) to logits (N, num_classes).
+    """
+    return Net(in_channels, num_classes)
 
-        Raises KeyError or RuntimeError when it belongs to another model.
-        """
-        net = cls(state_dict["conv1.weight"].shape[1], state_dict["fc2.bias"].shape[0])
-        net.load_state_dict(state_dict)
-        return net
+
+def initial_model(in_channels: int, num_classes: int, seed: int) -> nn.Module:
+    """Make the model with random weights that depend on `seed` alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(random_stream(seed, Purpose.WEIGHTS).integers(2**63)))
+        return make_model(in_channels, num_classes)
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """Return the device called `name`; "auto" is the first of CUDA and CPU that is there.
+    """Return the device called `name`; "auto" is the first of CUDA, MPS and CPU that is there.
 
-    Raises UserError when this machine does not have it.
+    Raises UserError when PyTorch does not have it on this machine.
     """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=name).item()
+    except Exception as error:  # a different class for each missing backend
         raise UserError(
-            f"server-device: {name!r} is not usable on this machine ({first_line(error)}); allowed: 'auto', 'cpu'"
+            f"server-device: {name!r} is not usable on this machine ({first_line(error)}); allowed: 'auto', 'cpu', "
+            "and any other device that PyTorch has here"
         ) from error
     return torch.device(name)
 
@@ -117,210 +107,214 @@ def pick_device(name: str = "auto") -> torch.device:
 
 @dataclass(frozen=True)
 class Split:
-    """Decoded images (N, C, H, W) as uint8, and their labels (N,) as int64."""
+    """Decoded images (N, C, H, W) as uint8, their labels (N,) as int64, and the names of the classes."""
 
     images: Tensor
     labels: Tensor
+    class_names: Sequence[str]
 
     def __len__(self) -> int:
         """Return N."""
         return len(self.labels)
 
-    def __getitem__(self, rows: Tensor) -> Split:
+    @property
+    def in_channels(self) -> int:
+        """1 for grey, 3 for RGB images."""
+        return self.images.shape[1]
+
+    def rows(self, index: np.ndarray) -> Split:
         """Return a copy of some of the rows."""
-        return Split(self.images[rows], self.labels[rows])
+        chosen = torch.from_numpy(index)
+        return Split(self.images[chosen], self.labels[chosen], self.class_names)
+
+    def numbered_as(self, class_names: Sequence[str]) -> Split:
+        """Return the split with its labels numbered as in `class_names`.
+
+        A node may lack some classes, or have them in another order. Raises DataError when it has
+        a class that is not among `class_names`.
+        """
+        if list(class_names) == list(self.class_names):
+            return self
+        unknown = [name for name in self.class_names if name not in class_names]
+        if unknown:
+            raise DataError(
+                f"this node's classes are {list(self.class_names)}, and the server's are {list(class_names)}: "
+                f"{unknown} is not among them. Give the node's label column the server's names: "
+                "rows.cast_column('label', datasets.ClassLabel(names=[...]))"
+            )
+        numbers = torch.tensor([list(class_names).index(name) for name in self.class_names])
+        return Split(self.images, numbers[self.labels], class_names)
 
 
 @lru_cache(maxsize=256)
 def load_partition(
-    in_channels: int,
-    partition_id: int,
-    num_partitions: int,
-    dataset: str,
-    partitioner: str,
-    alpha: float,
-    seed: int,
+    partition_id: int, num_partitions: int, dataset: str, partitioner: str, alpha: float, seed: int
 ) -> dict[str, Split]:
     """Load the "train" (80 %) and the "validation" (20 %) part of one partition of a data set.
 
-    A process keeps the 256 partitions that it used last. Where there are more nodes than that,
-    partitions are small; so about one copy of the training images is held at most.
+    A process keeps the 256 partitions that it used last. With more nodes than that, partitions are
+    small, so it holds about one copy of the training images at most.
 
-    Raises DataError when the data set cannot be loaded, or not be split that often.
+    Raises DataError when the data set cannot be loaded, or cannot be split that often.
     """
     with _explained(f"partition {partition_id} of {num_partitions} of dataset {dataset!r}"):
-        fds = federated_dataset(dataset, partitioner, num_partitions, alpha, seed, in_channels)
-        data = _to_split(fds.load_partition(partition_id), in_channels)
-        return {part: data[torch.from_numpy(_rows_of(part, len(data), seed, partition_id))] for part in PARTS}
+        rows = partitions(dataset, partitioner, num_partitions, alpha, seed).load_partition(partition_id)
+        return _train_and_validation(_to_split(rows), seed, partition_id)
 
 
 @lru_cache(maxsize=4)
-def load_folder(part: str, in_channels: int, path: str, partition_id: int, seed: int) -> Split:
-    """Load the "train" or the "validation" part of a node's own data (`Dataset.save_to_disk`).
+def load_folder(path: str, partition_id: int, seed: int) -> dict[str, Split]:
+    """Load the "train" and the "validation" part of a node's own folder of images.
 
-    Only one part: a SuperNode starts a process for each message, which needs no other.
-    Raises DataError when the folder does not hold an image-classification data set.
+    Raises DataError when it holds no image-classification data set.
     """
-    import datasets
-
     with _explained(f"data-path {path!r}"):
-        rows = datasets.load_from_disk(path)
-        rows = _canonical(rows["train"] if isinstance(rows, datasets.DatasetDict) else rows)
-        rows = rows.select(_rows_of(part, len(rows), seed, partition_id))
-        return _to_split(_decode(rows, in_channels, in_memory=True), in_channels)
+        splits = _load(path)
+        rows = splits["train"] if "train" in splits else next(iter(splits.values()))
+        return _train_and_validation(_to_split(_decode(rows, in_memory=True)), seed, partition_id)
 
 
-def load_test_split(dataset: str) -> tuple[Split, int]:
-    """Load the images for the central evaluation, and the number of classes.
-
-    They stay grey where the first hundred are; else all become RGB. Raises DataError.
-    """
+def load_test_split(dataset: str) -> Split:
+    """Load the images for the central evaluation. Raises DataError."""
     with _explained(f"dataset {dataset!r}"):
-        location = _locate(dataset)  # before the import, which reads the environment
-        import datasets  # alone: flwr-datasets takes as long again, and the server needs no partitions
-
-        datasets.disable_progress_bars()
-        splits = datasets.load_dataset(location)
+        splits = _load(dataset)
         name = next((name for name in TEST_SPLITS if name in splits), None)
         if name is None:
             raise DataError(f"there is no split {' or '.join(TEST_SPLITS)}; the splits are {list(splits)}")
-        rows = _canonical(splits[name])
-        first = rows.with_format(None)[:100]["image"]
-        in_channels = 1 if all(image.mode == "L" for image in first) else 3
-        return _to_split(_decode(rows, in_channels), in_channels), rows.features["label"].num_classes
+        return _to_split(_decode(splits[name]))
 
 
-@lru_cache(maxsize=1)  # one a process: to make it and to partition it takes seconds
-def federated_dataset(
-    dataset: str, partitioner: str, num_partitions: int, alpha: float, seed: int, in_channels: int | None = None
-) -> FederatedDataset:
-    """Return flwr-datasets' view of a data set, "train" in partitions; decoded, if `in_channels` is given.
+@lru_cache(maxsize=1)  # one per process: loading and partitioning take seconds
+def partitions(dataset: str, partitioner: str, num_partitions: int, alpha: float, seed: int) -> Partitioner:
+    """Return the partitioner of flwr-datasets that holds the decoded training split of a data set.
 
-    https://flower.ai/docs/datasets/ref-api/flwr_datasets.FederatedDataset.html
+    https://flower.ai/docs/datasets/ref-api/flwr_datasets.partitioner.html
     """
-    location = _locate(dataset)  # before the imports, which read the environment
-    import datasets
-    from flwr_datasets import FederatedDataset
     from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner
 
-    datasets.disable_progress_bars()
-    iid = partitioner == "iid"
-    # Label skew after Hsu et al. 2019, "Measuring the effects of non-identical data
-    # distribution for federated visual classification" (arXiv:1909.06335).
-    skewed = partial(DirichletPartitioner, partition_by="label", alpha=alpha, min_partition_size=MIN_PARTITION)
-    partition = IidPartitioner(num_partitions) if iid else skewed(num_partitions, seed=seed)
-
-    def prepare(splits: datasets.DatasetDict) -> datasets.DatasetDict:
-        if "train" in splits:
-            rows = _canonical(splits["train"]).with_format("arrow")
-            rows = rows if in_channels is None else _decode(rows, in_channels)
-            # IID partitions are cut from the rows as they lie, which may be sorted by label;
-            # the Dirichlet partitioner draws its rows itself.
-            splits["train"] = rows.shuffle(seed=seed) if iid else rows
-        return splits
-
-    return FederatedDataset(dataset=location, partitioners={"train": partition}, shuffle=False, preprocessor=prepare)
-
-
-def _locate(dataset: str) -> str:
-    """Return the folder or the Hub's name that `dataset` stands for."""
-    if dataset == BUNDLED:
-        spec = find_spec("fashion_mnist_sample")
-        folder = Path(spec.origin).parent if spec and spec.origin else None
-        if folder is None or not (folder / "data").is_dir():
-            raise DataError("the bundled images are not installed: run `pip install .` in the app's folder")
-        return str(folder)
-    path = Path(dataset).expanduser()
-    if path.is_dir():
-        return str(path.resolve())
-    if dataset.startswith(("/", ".", "~")):
-        raise DataError(f"there is no folder {path.absolute()}")
-    _go_offline_without_network()
-    return dataset
+    splits = _load(dataset)
+    if "train" not in splits:
+        raise DataError(f"there is no split train; the splits are {list(splits)}")
+    rows = _decode(splits["train"])
+    if len(rows) < MIN_PARTITION * num_partitions:
+        raise DataError(
+            f"{len(rows)} training images are too few for {num_partitions} nodes, each of which needs {MIN_PARTITION}"
+        )
+    if partitioner == "iid":
+        # Its partitions are cut from the rows as they are, which may be sorted by label.
+        dealt: Partitioner = IidPartitioner(num_partitions)
+        rows = rows.shuffle(seed=seed)
+    else:
+        # Label skew after Yurochkin et al. 2019, "Bayesian Nonparametric Federated Learning of
+        # Neural Networks" (arXiv:1905.12022).
+        dealt = DirichletPartitioner(
+            num_partitions, partition_by="label", alpha=alpha, min_partition_size=MIN_PARTITION, seed=seed
+        )
+    dealt.dataset = rows
+    return dealt
 
 
-def _go_offline_without_network() -> None:
-    """Tell Hugging Face's libraries when the Hub is out of reach.
-
-    Then they take what their cache holds, or give up; by themselves they would first ask six
-    times. https://huggingface.co/docs/huggingface_hub/package_reference/environment_variables
-    """
-    if "HF_HUB_OFFLINE" in os.environ:
-        return
-    try:
-        urlopen(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=5).close()
-    except HTTPError:
-        pass  # an answer, if not a friendly one
-    except OSError:
-        os.environ["HF_HUB_OFFLINE"] = "1"
+def _train_and_validation(data: Split, seed: int, partition_id: int) -> dict[str, Split]:
+    """Split a node's images at random, but always in the same way."""
+    order = random_stream(seed, Purpose.SPLIT, partition=partition_id).permutation(len(data))
+    cut = int(len(data) * VALIDATION_SHARE)
+    return {"train": data.rows(order[cut:]), "validation": data.rows(order[:cut])}
 
 
-def _canonical(rows: datasets.Dataset) -> datasets.Dataset:
-    """Find the image and the label column by their types; call them "image" and "label"."""
+def _load(dataset: str) -> datasets.DatasetDict:
+    """Load all splits of a data set; call its columns "image" and "label"."""
     import datasets
 
-    features = rows.features
+    datasets.disable_progress_bars()
+    path = Path(dataset).expanduser()
+    if dataset == BUNDLED:
+        spec = find_spec("fashion_mnist_sample")
+        splits = datasets.load_dataset(str(Path(spec.origin).parent) if spec and spec.origin else ON_THE_HUB)
+    elif (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+        splits = datasets.load_from_disk(path)  # a folder of `save_to_disk`
+    elif path.is_dir():
+        splits = datasets.load_dataset(str(path.resolve()))
+    elif dataset.startswith(("/", ".", "~")):
+        raise DataError(f"there is no folder {path.absolute()}")
+    else:
+        splits = datasets.load_dataset(dataset)
+    splits = splits if isinstance(splits, datasets.DatasetDict) else datasets.DatasetDict(train=splits)
+    return _canonical(splits)
+
+
+def _canonical(splits: datasets.DatasetDict) -> datasets.DatasetDict:
+    """Find the image and the label column by their types; call them "image" and "label".
+
+    A lone column of numbers or text beside the images is taken for the labels.
+    """
+    import datasets
+
+    features = next(iter(splits.values())).features
     image = next((k for k, f in features.items() if isinstance(f, datasets.Image)), None)
+    if image is None:
+        raise DataError(
+            f"no column of type Image; the columns are {dict(features)}. Where a column holds images as bytes or "
+            "paths: rows.cast_column('that column', datasets.Image())"
+        )
     label = next((k for k, f in features.items() if isinstance(f, datasets.ClassLabel)), None)
-    if image is None or label is None:
-        missing = "Image" if image is None else "ClassLabel"
-        raise DataError(f"no column of type {missing}; the columns are {dict(features)}")
-    rows = rows.select_columns([image, label])
-    return rows.rename_columns({old: new for old, new in ((image, "image"), (label, "label")) if old != new})
+    if label is None:
+        others = [k for k in features if k != image]
+        values = [{name: set(rows.unique(name)) for name in others} for rows in splits.values()]
+        if len(others) != 1 or any(value != values[0] for value in values):
+            raise DataError(
+                f"no column of type ClassLabel; the columns are {dict(features)}. Make one, in all splits alike: "
+                f"rows.class_encode_column({others[0] if others else 'label'!r}) or "
+                "rows.cast_column('label', datasets.ClassLabel(names=[...]))"
+            )
+        label = others[0]
+        splits = splits.class_encode_column(label)
+    splits = splits.select_columns([image, label])
+    return splits.rename_columns({old: new for old, new in ((image, "image"), (label, "label")) if old != new})
 
 
-def _decode(rows: datasets.Dataset, in_channels: int, *, in_memory: bool = False) -> datasets.Dataset:
+def _decode(rows: datasets.Dataset, *, in_memory: bool = False) -> datasets.Dataset:
     """Replace the column "image" by "pixels": the bytes (H, W, C) of the decoded image.
 
-    The library keeps the result in Hugging Face's cache, from where all processes and later
-    runs map it into memory: an image is decoded once, and not once a worker.
+    Images become RGB unless the first hundred are grey, and 32x32 unless the first is 28x28.
+    Hugging Face's cache keeps the result, and all processes and later runs map it into memory, so
+    an image is decoded only once.
     """
-    to_pixels = partial(_to_pixels, mode="L" if in_channels == 1 else "RGB")
-    decoded = rows.with_format(None).map(to_pixels, batched=True, remove_columns=["image"], keep_in_memory=in_memory)
-    # Arrow columns become NumPy arrays forty times as fast as Python lists, which is most
-    # of the time that a Dirichlet partitioning takes.
-    return decoded.with_format("arrow")
+    first = rows.with_format(None)[:100]["image"]
+    in_channels = 1 if all(image.mode in ("1", "L") for image in first) else 3
+    size = 28 if first and first[0].size == (28, 28) else 32
+    to_bytes = partial(_decode_batch, in_channels=in_channels, size=size)
+    decoded = rows.with_format(None).map(to_bytes, batched=True, remove_columns=["image"], keep_in_memory=in_memory)
+    return decoded.with_format("arrow")  # forty times as fast as Python lists
 
 
-def _to_pixels(batch: dict[str, list[Any]], mode: str) -> dict[str, list[bytes]]:
-    """Decode a batch of images into bytes; resize those that are neither 28x28 nor 32x32."""
-    images = [image.convert(mode) for image in batch["image"]]
-    if any(image.size not in NATIVE_SIZES for image in images):
+def _decode_batch(batch: dict[str, list[Any]], in_channels: int, size: int) -> dict[str, list[bytes]]:
+    """Decode a batch of images."""
+    return {"pixels": [to_pixels(image, in_channels, size).tobytes() for image in batch["image"]]}
+
+
+def to_pixels(image: Image.Image, in_channels: int, size: int) -> np.ndarray:
+    """Return an image as uint8 (size, size, in_channels): grey or RGB, resized if need be."""
+    image = image.convert("L" if in_channels == 1 else "RGB")
+    if image.size != (size, size):
         from torchvision.transforms.v2.functional import resize  # slow to import, seldom needed
 
-        images = [i if i.size in NATIVE_SIZES else resize(i, [32, 32], antialias=True) for i in images]
-    return {"pixels": [image.tobytes() for image in images]}
+        image = resize(image, [size, size], antialias=True)
+    return np.asarray(image).reshape(size, size, in_channels)
 
 
-def _rows_of(part: str, count: int, seed: int, partition_id: int) -> np.ndarray:
-    """Choose which of a node's `count` images are in a part, at random but always the same."""
-    order = np.random.default_rng((seed, partition_id)).permutation(count)
-    cut = int(count * VALIDATION_SHARE)
-    return order[cut:] if part == "train" else order[:cut]
-
-
-def _to_split(rows: datasets.Dataset, in_channels: int) -> Split:
+def _to_split(rows: datasets.Dataset) -> Split:
     """Turn decoded rows into tensors. Raises DataError for a label that is missing."""
     columns = rows.with_format("arrow")[:]
     pixels, labels = columns["pixels"].to_pylist(), columns["label"].to_pylist()
     if any(label is None or label < 0 for label in labels):
         raise DataError("some images have no label")
-    sizes = {len(image) for image in pixels}
-    side = math.isqrt(max(sizes, default=28 * 28 * in_channels) // in_channels)
-    if len(sizes) > 1:  # 28x28 among 32x32: a black frame makes them equal
-        pixels = [_frame(image, side, in_channels) for image in pixels]
-    images = np.frombuffer(b"".join(pixels), np.uint8).reshape(-1, side, side, in_channels)
+    size = 28 if not pixels or len(pixels[0]) % 28 == 0 else 32  # 32 * 32 * C is no multiple of 28
+    images = np.frombuffer(b"".join(pixels), np.uint8).reshape(len(labels), size, size, -1)
     return Split(
         torch.from_numpy(images.transpose(0, 3, 1, 2).copy(order="C")),
         torch.tensor(labels, dtype=torch.int64),
+        rows.features["label"].names,
     )
-
-
-def _frame(image: bytes, side: int, in_channels: int) -> bytes:
-    """Centre a smaller image on a black one of `side` x `side`."""
-    array = np.frombuffer(image, np.uint8).reshape(-1, math.isqrt(len(image) // in_channels), in_channels)
-    margin = (side - len(array)) // 2
-    return np.pad(array, [(margin, margin), (margin, margin), (0, 0)]).tobytes()
 
 
 @contextmanager
@@ -331,12 +325,12 @@ def _explained(what: str) -> Iterator[None]:
             warnings.simplefilter("ignore")  # retries of the partitioner: noise, or an error below
             yield
     except Exception as error:
-        reason = str(error).strip() or first_line(error)
+        reason = " ".join(str(error).split()) or first_line(error)
         raise DataError(
-            f"Cannot use {what}: {reason}\n"
-            f"Allowed: dataset={BUNDLED!r} (bundled, needs no network), the absolute path of a folder that "
-            "datasets.load_dataset can read, or the name of an image-classification data set on the "
-            "Hugging Face Hub (needs network)."
+            f"Cannot use {what}: {reason} -- Allowed: dataset={BUNDLED!r} (comes with `pip install .` in the app's "
+            "folder, needs no network), the absolute path of a folder that datasets.load_dataset or "
+            "datasets.load_from_disk can read, or the name of an image-classification data set on the Hugging Face "
+            "Hub (needs network; with HF_HUB_OFFLINE=1 what is in the cache is used at once)."
         ) from error
 
 
@@ -346,102 +340,99 @@ def _explained(what: str) -> Iterator[None]:
 def train(
     net: nn.Module,
     data: Split,
+    config: RunConfig,
     *,
-    epochs: int,
-    batch_size: int,
     lr: float,
-    momentum: float,
-    augment: bool,
     seed: int,
     device: torch.device,
-    overdue: Callable[[], bool] = lambda: False,
+    deadline: float = math.inf,
 ) -> float:
-    """Train `net` in place with SGD; return the mean loss over all examples and epochs.
+    """Train `net` in place with SGD; return the mean training loss over all examples and epochs.
 
-    Shuffling and augmentation derive from `seed`. Raises DataError when there are no images,
-    TimeoutError as soon as `overdue()` says that nobody waits for the result any more.
+    Shuffling and augmentation derive from `seed`. `deadline` is in seconds since the epoch. Raises
+    DataError when there are no images, TimeoutError when the deadline passes.
     """
     if not len(data):
         raise DataError("the training split is empty")
     generator = torch.Generator().manual_seed(seed)
     net.to(device).to(memory_format=torch.channels_last).train()
+    trainable = [parameter for parameter in net.parameters() if parameter.requires_grad]
+    fused = device.type in ("cpu", "cuda")  # one kernel for the whole step
+    optimizer = torch.optim.SGD(trainable, lr=lr, momentum=config.momentum, fused=fused)
     images, labels = data.images.to(device), data.labels.to(device)
-    parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
-    momenta: list[Tensor | None] = [None] * len(parameters)
-    total_loss = torch.zeros((), dtype=torch.float64, device=device)
+
+    # Logit adjustment (Menon et al. 2021, arXiv:2007.07314; for federated learning Zhang et al.
+    # 2022, arXiv:2209.00189). A node that has few of the classes would mostly learn which ones
+    # they are. Added to the logits, the logarithm of their frequencies explains that much, and the
+    # gradient goes into what tells the images apart. Evaluation uses the plain logits.
+    counts = torch.bincount(labels, minlength=len(data.class_names))
+    adjustment = config.logit_adjustment * torch.log(counts + 1.0)
+
+    losses, sizes = [], []
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)  # for layers that draw from the global state, such as Dropout
-        for _ in range(epochs):
+        torch.manual_seed(seed)  # for layers that draw from the global generator, such as Dropout
+        for _ in range(config.local_epochs):
             order = torch.randperm(len(data), generator=generator).to(device)
-            for start in range(0, len(data), batch_size):
-                if overdue():
-                    raise TimeoutError("training went on past the deadline of its message")
-                rows = order[start : start + batch_size]
-                batch = random_crop_and_flip(images[rows], generator) if augment else images[rows]
-                loss = F.cross_entropy(net(normalise(batch)), labels[rows])
-                step(parameters, torch.autograd.grad(loss, parameters), momenta, lr, momentum)
-                total_loss += loss.detach().double() * len(rows)  # the last batch may be short
-    return total_loss.item() / (len(data) * epochs)
+            # Batches of nearly equal size: BatchNorm cannot train on a last batch of one image.
+            for rows in order.tensor_split(math.ceil(len(data) / config.batch_size)):
+                if time.time() > deadline:
+                    raise TimeoutError("the deadline passed during training")
+                batch = random_crop_and_flip(images[rows], generator) if config.augment else images[rows]
+                optimizer.zero_grad()
+                loss = F.cross_entropy(net(normalise(batch)) + adjustment, labels[rows])
+                loss.backward()  # type: ignore[no-untyped-call]
+                if config.max_grad_norm:
+                    nn.utils.clip_grad_norm_(trainable, config.max_grad_norm)
+                optimizer.step()
+                losses.append(loss.detach())
+                sizes.append(len(rows))
+    return float(np.average(torch.stack(losses).cpu().double(), weights=sizes))
+
+
+class Evaluation(NamedTuple):
+    """Mean loss, accuracy, and the accuracy of each class, None for a class without images."""
+
+    loss: float
+    accuracy: float
+    per_class: list[float | None]
 
 
 @torch.no_grad()
-def step(
-    parameters: Sequence[Tensor], gradients: Sequence[Tensor], momenta: list[Tensor | None], lr: float, momentum: float
-) -> None:
-    """Update `parameters` and `momenta` in place: one step of SGD with momentum, in one kernel.
+def test(net: nn.Module, data: Split, device: torch.device, batch_size: int = 500) -> Evaluation:
+    """Evaluate `net` on `data`; the means are exact, whatever the batch size.
 
-    It is the function inside `torch.optim.SGD(..., fused=True)`, with the same bits. The class
-    itself, like every optimizer, imports PyTorch's compiler when it is first used: 1.6 s in
-    every process, which over a network is every message. For another optimizer that is a fair
-    price: make it where `momenta` are made, and call its `step` instead of this.
-    https://docs.pytorch.org/docs/stable/generated/torch.optim.SGD.html
-    """
-    sgd(
-        list(parameters),
-        list(gradients),
-        momenta,
-        lr=lr,
-        momentum=momentum,
-        weight_decay=0.0,
-        dampening=0.0,
-        nesterov=False,
-        maximize=False,
-        fused=True,
-    )
-
-
-@torch.inference_mode()
-def test(net: nn.Module, data: Split, device: torch.device, batch_size: int = 500) -> tuple[float, float]:
-    """Return the exact mean loss and the accuracy of `net` on `data`.
-
-    Batches are large since nothing is learnt from them. Raises DataError without images.
+    The server chooses the best checkpoint by the accuracy on the test split, so that of the best
+    round is a little too high for new images. Quote the last round's. Raises DataError without images.
     """
     if not len(data):
         raise DataError("the split to evaluate on is empty")
+    was_training = net.training
     net.to(device).to(memory_format=torch.channels_last).eval()
-    loss = torch.zeros((), dtype=torch.float64, device=device)
-    correct = torch.zeros((), dtype=torch.int64, device=device)
-    for start in range(0, len(data), batch_size):
-        rows = slice(start, start + batch_size)
-        target = data.labels[rows].to(device)
-        logits = net(normalise(data.images[rows].to(device)))
-        loss += F.cross_entropy(logits, target, reduction="none").double().sum()
-        correct += (logits.argmax(1) == target).sum()
-    return loss.item() / len(data), correct.item() / len(data)
+    loss, hits = 0.0, []
+    for images, labels in zip(data.images.split(batch_size), data.labels.split(batch_size), strict=True):  # type: ignore[no-untyped-call]
+        logits = net(normalise(images.to(device))).cpu()
+        loss += F.cross_entropy(logits, labels, reduction="none").double().sum().item()
+        hits.append(logits.argmax(1) == labels)
+    net.train(was_training)
+    hit = torch.cat(hits)
+    of_class = [hit[data.labels == number].double() for number in range(len(data.class_names))]
+    per_class = [found.mean().item() if len(found) else None for found in of_class]
+    return Evaluation(loss / len(data), hit.sum().item() / len(data), per_class)
 
 
 def normalise(images: Tensor) -> Tensor:
     """Turn uint8 images (N, C, H, W) into floats, each image with mean 0 and variance 1.
 
-    Each image by itself, as in https://www.tensorflow.org/api_docs/python/tf/image/per_image_standardization:
-    so no figure of the whole data set is needed, which no node knows. An image of one colour
-    becomes 0. The memory format channels_last makes convolutions and pooling on a CPU about
-    twice as fast: https://docs.pytorch.org/tutorials/intermediate/memory_format_tutorial.html
+    Each image is normalised by itself, as in
+    https://www.tensorflow.org/api_docs/python/tf/image/per_image_standardization: no node knows the
+    mean of the whole data set. An image of one colour becomes 0. The memory format channels_last
+    makes convolutions on a CPU about twice as fast:
+    https://docs.pytorch.org/tutorials/intermediate/memory_format_tutorial.html
     """
     floats = images.to(torch.float32, memory_format=torch.channels_last)
     floats.sub_(floats.mean((1, 2, 3), keepdim=True))
     variance = floats.square().mean((1, 2, 3), keepdim=True)  # twice as fast as torch.var
-    return floats.mul_(torch.rsqrt(variance + 1))  # + 1: a grey level, against dividing by 0
+    return floats.mul_(torch.rsqrt(variance + 1))  # + 1: one grey level, against division by 0
 
 
 def random_crop_and_flip(images: Tensor, generator: torch.Generator, padding: int = 4) -> Tensor:

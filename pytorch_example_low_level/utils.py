@@ -1,36 +1,32 @@
-"""What a run leaves behind: its directory, checkpoints, results, plot, W&B; and two schedules.
+"""What a run leaves behind: its directory, checkpoints, results, plot and W&B; and two schedules.
 
-Every file is replaced whole, so that it is complete, old or new, after a crash at any instant.
+Every file is replaced whole, so it is complete, old or new, after a crash at any instant.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import math
 import os
 import platform
-import signal
-import threading
+import socket
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from enum import IntEnum
 from importlib.metadata import version
 from itertools import count
-from logging import INFO, WARNING
+from logging import getLogger
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord
-from flwr.common.logger import log
-from flwr.supercore.exit import add_exit_handler
-from torch import Tensor
+from filelock import FileLock, Timeout
+from torch import Tensor, nn
 
 from pytorch_example_low_level import __version__
 from pytorch_example_low_level.config import RunConfig, UserError, first_line
@@ -40,24 +36,25 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 StateDict = dict[str, Tensor]
-Row = dict[str, int | float | None]  # one round in results.json
+Row = dict[str, Any]  # one round in results.json
 
-RAY_ABORT = 3  # seconds after SIGTERM in which Ray has a process aborted ...
-TIME_TO_CLOSE = 60  # ... and what we grant it instead: W&B may have to upload
+PLOT_EVERY = 30  # seconds between two drawings while a run goes on
 
 # What results.json says of a round, in this order; what a round does not have is None.
 RESULT_KEYS = (
     "round", "lr", "nodes_available",
     "train_sampled", "train_received", "train_failed", "train_rejected", "train_loss",
-    "centralized_loss", "centralized_accuracy",
+    "centralized_loss", "centralized_accuracy", "centralized_accuracy_per_class",
     "query_sent", "query_received", "opted_in",
     "evaluate_received", "evaluate_failed",
     "federated_evaluate_loss", "federated_evaluate_loss_std",
     "federated_evaluate_accuracy", "federated_evaluate_accuracy_std",
     "federated_evaluate_accuracy_min", "federated_evaluate_accuracy_p10",
     "federated_evaluate_accuracy_median",
-    "seconds_train", "seconds_query", "seconds_evaluate", "seconds_total",
+    "seconds_nodes", "seconds_train", "seconds_central", "seconds_query", "seconds_evaluate", "seconds_total",
 )  # fmt: skip
+
+log = getLogger("flwr")
 
 
 # ------------------------------------------------------------------------------ Schedules
@@ -73,34 +70,11 @@ def learning_rate(config: RunConfig, server_round: int) -> float:
     return config.learning_rate * config.lr_decay_factor ** ((server_round - 1) // config.lr_decay_every)
 
 
-class Purpose(IntEnum):
-    """What random numbers are for: each purpose has a stream of its own."""
-
-    WEIGHTS = 0
-    SAMPLE = 1
-    TRAIN = 2
-    QUERY = 3
-
-
-def random_stream(seed: int, purpose: Purpose, server_round: int = 0, partition: int = 0) -> np.random.Generator:
-    """Return the random numbers of (seed, purpose, round, partition).
-
-    Nothing is drawn from a global generator, so nothing depends on which process does the
-    work, or when. https://numpy.org/doc/stable/reference/random/parallel.html
-    """
-    return np.random.default_rng((seed, purpose, server_round, partition))
-
-
-def weights_seed(seed: int) -> int:
-    """Return the seed of the initial weights."""
-    return int(random_stream(seed, Purpose.WEIGHTS).integers(2**63))
-
-
 class Stopwatch:
-    """How long the phases of a round take, and how much time the rounds that are left will."""
+    """Measures the phases of a round, and estimates how long the remaining rounds take."""
 
     def __init__(self) -> None:
-        self._totals: list[float] = []
+        self._rounds: list[float] = []
 
     def start(self) -> None:
         """Begin a round."""
@@ -113,13 +87,15 @@ class Stopwatch:
 
     def total(self) -> float:
         """End the round; return its seconds."""
-        self._totals.append(time.monotonic() - self._started)
-        return round(self._totals[-1], 3)
+        self._rounds.append(time.monotonic() - self._started)
+        return round(self._rounds[-1], 3)
 
     def summary(self, row: Row, rounds_left: int) -> str:
-        """Say how long the round took and how long the rest will, if it is like the rounds so far."""
-        left = timedelta(seconds=round(float(np.median(self._totals)) * rounds_left))
-        phases = ", ".join(f"{name.upper()} {row[f'seconds_{name}']:.1f}" for name in ("train", "query", "evaluate"))
+        """Return how long the round took, and how long the rest takes at the median pace so far."""
+        names = {"nodes": "waiting for nodes", "train": "TRAIN", "query": "QUERY", "evaluate": "EVALUATE"}
+        seconds = {name: row[f"seconds_{key}"] for key, name in names.items()}
+        phases = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items() if value is not None)
+        left = timedelta(seconds=round(float(np.median(self._rounds)) * rounds_left))
         return f"Round took {row['seconds_total']:.1f} s ({phases}); about {left} left"
 
 
@@ -128,23 +104,28 @@ class Stopwatch:
 
 @dataclass
 class ServerState:
-    """All that survives a round. A checkpoint is this, and nothing else."""
+    """All that survives a round. A checkpoint holds this and nothing else."""
 
     model: StateDict  # the global model, on the CPU
     server_round: int = -1  # the last complete round; 0: the initial model is evaluated
+    best_round: int | None = None
     best_accuracy: float | None = None
     results: list[Row] = field(default_factory=list)
-    wandb_id: str = ""  # a resumed run goes on under it
+    wandb_id: str = ""  # a resumed run continues under it
+    last_fault: str = ""  # why a TRAIN reply was left out last
+
+    def note_best(self, row: Row) -> bool:
+        """Note the round if it has the best central accuracy so far; return whether it has."""
+        accuracy = row["centralized_accuracy"]
+        if self.best_accuracy is not None and accuracy <= self.best_accuracy:
+            return False
+        self.best_round, self.best_accuracy = row["round"], accuracy
+        return True
 
 
 def new_row(server_round: int, lr: float | None = None) -> Row:
     """Return the row of results.json for a round of which nothing is known yet."""
     return dict.fromkeys(RESULT_KEYS) | {"round": server_round, "lr": lr}
-
-
-def to_array_record(model: StateDict) -> ArrayRecord:
-    """Return the model as it travels: NumPy has no bfloat16, so that goes as float32, exactly."""
-    return ArrayRecord({n: t.float() if t.dtype == torch.bfloat16 else t for n, t in model.items()})
 
 
 def weighted_mean_std(values: Sequence[float], weights: Sequence[int]) -> tuple[float, float] | tuple[None, None]:
@@ -157,13 +138,13 @@ def weighted_mean_std(values: Sequence[float], weights: Sequence[int]) -> tuple[
     return mean, math.sqrt(variance)
 
 
-# -------------------------------------------------------------------------- Run directory
+# ---------------------------------------------------------------------------------- Files
 
 
 def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Replace `path` whole: write beside it, fsync, rename.
 
-    Raises UserError when the disk is full or the directory not writable; the old file stays.
+    Raises UserError when it cannot be written, such as on a full disk; the old file stays.
     """
     beside = path.with_name(f".{path.name}.part")
     try:
@@ -172,31 +153,20 @@ def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)  # the rename itself must survive a power cut
-        finally:
-            os.close(directory)
-    except OSError as error:
+        if os.name == "posix":  # so that the rename survives a power cut; Windows cannot open a folder
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+    except (OSError, RuntimeError) as error:  # torch.save hides an OSError behind a RuntimeError
         beside.unlink(missing_ok=True)
-        raise UserError(f"Cannot write {path}: {error.strerror}. What was there before is untouched.") from error
+        cause = error if isinstance(error, OSError) else error.__context__ or error
+        raise UserError(f"Cannot write {path}: {first_line(cause)}. What was there before is untouched.") from error
 
 
 def replace_json(path: Path, value: object) -> None:
     """Replace a JSON file. Raises ValueError for NaN and infinity, which JSON does not have."""
     text = json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
     replace_file(path, lambda file: file.write(text.encode()))
-
-
-def replace_checkpoint(path: Path, value: object) -> None:
-    """Replace a file that `torch.load(..., weights_only=True)` reads."""
-
-    def write(file: BinaryIO) -> None:
-        buffer = io.BytesIO()  # torch.save hides a full disk behind an internal error
-        torch.save(value, buffer)
-        file.write(buffer.getbuffer())
-
-    replace_file(path, write)
 
 
 def load_checkpoint(path: Path) -> Any:  # noqa: ANN401
@@ -210,58 +180,91 @@ def load_checkpoint(path: Path) -> Any:  # noqa: ANN401
         raise UserError(f"{path} is not a checkpoint of this app, or holds more than data: {reason}") from error
 
 
-@dataclass(frozen=True)
-class RunDirectory:
-    """The files of one run. Only `server_app.main` has them written."""
-
-    path: Path
-
-    @property
-    def last(self) -> Path:
-        """Everything that a run needs to go on."""
-        return self.path / "checkpoints" / "last.pt"
-
-    def save_round(self, state: ServerState, identity: Mapping[str, Any]) -> None:
-        """Commit a round. Whatever comes after the checkpoint can be made again from it."""
-        replace_checkpoint(self.last, {"identity": dict(identity), "state": asdict(state)})
-        replace_json(self.path / "results.json", state.results)
-
-    def save_best(self, model: StateDict) -> None:
-        """Keep the best model so far, ready for `load_state_dict`."""
-        replace_checkpoint(self.path / "checkpoints" / "best.pt", model)
-
-    def save_config(self, config: RunConfig) -> None:
-        """Note the full configuration and the versions that the run is made with."""
-        packages = {name: version(name) for name in ("flwr", "flwr-datasets", "torch", "numpy")}
-        versions = packages | {"app": __version__, "python": platform.python_version()}
-        replace_json(self.path / "run_config.json", config.to_dict() | {"versions": versions})
-
-    def save_final(self, model: StateDict) -> None:
-        """Write what a finished run has."""
-        replace_checkpoint(self.path / "final_model.pt", model)
-
-    def save_plot(self, results: Sequence[Row]) -> None:
-        """Draw what there is so far."""
-        figure = plot_results(results)
-        replace_file(self.path / "metrics.png", lambda file: figure.savefig(file, format="png", dpi=120))
+def load_model(name: str, net: nn.Module) -> None:
+    """Load the state_dict in a file into `net`. Raises UserError when it is one of another model."""
+    path = Path(name).expanduser().absolute()
+    try:
+        net.load_state_dict(load_checkpoint(path))
+    except (RuntimeError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"initial-model: {path} is not a state_dict of this model: {reason}") from error
+    log.info("Starting from the model %s", path)
 
 
-def open_run(config: RunConfig, initial: ServerState, identity: Mapping[str, Any]) -> tuple[RunDirectory, ServerState]:
-    """Begin a new run in a new directory, or go on with the one that `resume-from` names.
+# -------------------------------------------------------------------------- Run directory
 
-    `identity` is what the result depends on: a run is only resumed under the same one.
-    Raises UserError when it differs, or the directory is not that of a run or not writable.
+
+@contextmanager
+def open_run(config: RunConfig, run_id: int, net: nn.Module, test_split: Any) -> Iterator[Recorder]:  # noqa: ANN401
+    """Begin a new run in a new directory, or continue the one that `resume-from` names.
+
+    Raises UserError when the directory is not writable, belongs to a run that is still going on, or
+    holds a run with other settings.
     """
-    if config.resume_from:
-        directory = RunDirectory(Path(config.resume_from).expanduser().absolute())
-        state = _load_state(directory, identity)
-        log(INFO, "📂 Resuming after round %s: %s", state.server_round, directory.path)
-        replace_json(directory.path / "results.json", state.results)  # a crash may have been between the two
-    else:
-        directory, state = _make_run_directory(config), initial
-        log(INFO, "📂 Run directory: %s", directory.path)
-    directory.save_config(config)
-    return directory, state
+    model = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    identity = identity_of(config, model, test_split.images, test_split.labels)
+    directory = Path(config.resume_from).expanduser().absolute() if config.resume_from else make_directory(config)
+    with locked(directory, run_id):
+        state = load_state(directory, identity) if config.resume_from else ServerState(model)
+        text = f"📂 Resuming after round {state.server_round}: %s" if config.resume_from else "📂 Run directory: %s"
+        log.info(text, directory)
+        packages = {name: version(name) for name in ("flwr", "flwr-datasets", "torch", "numpy")}
+        facts = {
+            "class-names": list(test_split.class_names),
+            "image-shape": list(test_split.images.shape[1:]),
+            "versions": packages | {"app": __version__, "python": platform.python_version()},
+        }
+        replace_json(directory / "run_config.json", config.to_dict() | facts)
+        recorder = Recorder(directory, config, state, identity, list(test_split.class_names))
+        try:
+            recorder.start()
+            yield recorder
+        finally:
+            recorder.close()
+            log.info("📂 Run directory: %s", directory)
+
+
+def make_directory(config: RunConfig) -> Path:
+    """Make `<output-dir>/<date>/<time>`, never an existing one. Raises UserError."""
+    base = Path(config.output_dir).expanduser().absolute() / f"{datetime.now():%Y-%m-%d/%H-%M-%S}"
+    for attempt in count(1):
+        path = base if attempt == 1 else base.with_name(f"{base.name}-{attempt}")
+        try:
+            if not path.exists():  # another run may have begun in the same second
+                (path / "checkpoints").mkdir(parents=True)
+                break
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise UserError(
+                f"output-dir: cannot make {path}: {error.strerror}; allowed: a folder that can be written to"
+            ) from error
+    return path
+
+
+@contextmanager
+def locked(directory: Path, run_id: int) -> Iterator[None]:
+    """Keep the directory for this run. Raises UserError when another run has it.
+
+    The operating system releases the lock when the process ends, however it ends.
+    https://py-filelock.readthedocs.io
+    """
+    if not directory.is_dir():
+        raise UserError(f"resume-from: there is no directory {directory}; allowed: the directory of a run")
+    lock, holder = FileLock(directory / ".lock"), directory / ".holder"
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        other = holder.read_text() if holder.exists() else "another run"
+        raise UserError(f"resume-from: {directory} is in use by {other}") from error
+    except (NotImplementedError, OSError) as error:
+        log.warning("This file system has no locks (%s): take care that no other run uses %s.", error, directory)
+    try:
+        stop = f"run {run_id} (process {os.getpid()} on {socket.gethostname()}). To stop it: flwr stop {run_id}"
+        replace_file(holder, lambda file: file.write(stop.encode()))
+        yield
+    finally:
+        lock.release()
 
 
 def identity_of(config: RunConfig, model: StateDict, test_images: Tensor, test_labels: Tensor) -> dict[str, Any]:
@@ -272,76 +275,25 @@ def identity_of(config: RunConfig, model: StateDict, test_images: Tensor, test_l
     return config.to_dict(with_operational=False) | shapes | {"test data": digest.hexdigest()[:16]}
 
 
-def _load_state(directory: RunDirectory, identity: Mapping[str, Any]) -> ServerState:
-    """Read the last checkpoint; refuse it when it belongs to another run than this one."""
-    if not directory.path.is_dir():
-        raise UserError(f"resume-from: there is no directory {directory.path}; allowed: the directory of a run")
-    checkpoint = load_checkpoint(directory.last)
+def load_state(directory: Path, identity: Mapping[str, Any]) -> ServerState:
+    """Read the last checkpoint. Raises UserError when it was made with other settings."""
+    path = directory / "checkpoints" / "last.pt"
+    checkpoint = load_checkpoint(path)
     try:
         theirs, state = checkpoint["identity"], ServerState(**checkpoint["state"])
     except (KeyError, TypeError) as error:
-        raise UserError(f"{directory.last} is not a checkpoint of this app: {error!r}") from error
+        raise UserError(f"{path} is not a checkpoint of this app: {error!r}") from error
     differences = [
-        f"  - {key}: {theirs.get(key, 'nothing')!r} there, {identity.get(key, 'nothing')!r} now"
+        f"  - {key}: {theirs.get(key, 'nothing')!r} then, {identity.get(key, 'nothing')!r} now"
         for key in dict.fromkeys((*theirs, *identity))
         if theirs.get(key) != identity.get(key)
     ]
     if differences:
         raise UserError(
-            f"resume-from: {directory.path} is another run; these settings must be what they were:\n"
+            f"resume-from: the settings of the run in {directory} differ. Give it the same ones again:\n"
             + "\n".join(differences)
         )
     return state
-
-
-def _make_run_directory(config: RunConfig) -> RunDirectory:
-    """Make `<output-dir>/<date>/<time>`, never an existing one."""
-    now = datetime.now()
-    base = Path(config.output_dir).expanduser().absolute() / f"{now:%Y-%m-%d}" / f"{now:%H-%M-%S}"
-    for attempt in count(1):  # another run may have begun in the same second
-        path = base if attempt == 1 else base.with_name(f"{base.name}-{attempt}")
-        try:
-            path.mkdir(parents=True)
-            (path / "checkpoints").mkdir()
-            break
-        except FileExistsError as error:
-            if not path.is_dir():  # a part of the path is a file
-                raise UserError(f"output-dir: {error.filename} is not a folder; allowed: a folder") from error
-        except OSError as error:
-            raise UserError(
-                f"output-dir: cannot make {path}: {error.strerror}; allowed: a folder that can be written to"
-            ) from error
-    return RunDirectory(path)
-
-
-def plot_results(results: Sequence[Row]) -> Figure:
-    """Draw accuracy and loss over the rounds: central, and federated with its spread over the nodes."""
-    from matplotlib.figure import Figure  # no pyplot: nothing global, no display
-
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    for axes, name in zip(figure.subplots(1, 2), ("accuracy", "loss"), strict=True):
-
-        def curve(key: str) -> tuple[list[float], list[float]]:
-            """Return the rounds that have this figure, and the figure."""
-            rows = [row for row in results if row[key] is not None]
-            return [float(row["round"] or 0) for row in rows], [float(row[key] or 0) for row in rows]
-
-        # Okabe and Ito's colours, each with its own line and marker: told apart without seeing colours.
-        federated = f"federated_evaluate_{name}"
-        axes.plot(*curve(f"centralized_{name}"), color="#0072B2", marker="o", label="central (test split)")
-        rounds, mean = curve(federated)
-        axes.plot(rounds, mean, color="#D55E00", linestyle="--", marker="s", label="federated mean (opted-in nodes)")
-        low, high = np.array(mean) - curve(f"{federated}_std")[1], np.array(mean) + curve(f"{federated}_std")[1]
-        axes.fill_between(rounds, low, high, color="#D55E00", alpha=0.2, label="± 1 std over nodes")
-        if name == "accuracy":  # the nodes that a mean hides
-            axes.plot(*curve(f"{federated}_median"), color="#009E73", linestyle="-.", label="median node")
-            axes.plot(*curve(f"{federated}_p10"), color="#CC79A7", linestyle=":", marker="v", label="10th percentile")
-            axes.plot(*curve(f"{federated}_min"), color="black", linestyle="", marker="x", label="worst node")
-        axes.set(xlabel="round", ylabel="loss (cross-entropy)" if name == "loss" else name, title=name.capitalize())
-        axes.locator_params(axis="x", integer=True)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
-    return figure
 
 
 # ------------------------------------------------------------------------------ Recording
@@ -349,161 +301,191 @@ def plot_results(results: Sequence[Row]) -> Figure:
 
 @dataclass
 class Recorder:
-    """Writes down what happens in a run: files always, W&B where it is wanted."""
+    """Writes down what happens in a run: to files always, to W&B where it is wanted."""
 
-    directory: RunDirectory
+    directory: Path
+    config: RunConfig
     state: ServerState
     identity: Mapping[str, Any]
+    class_names: Sequence[str]
     wandb_run: wandb.Run | None = None
     finished: bool = False
-    _closed: bool = False
+    _drawn_at: float = field(default_factory=time.monotonic)
 
-    def open_wandb(self, config: RunConfig) -> None:
-        """Start a W&B run, unless W&B cannot start."""
-        with self._going_on_without_wandb():
-            self.wandb_run = start_wandb(config, self.directory, self.state)
+    def start(self) -> None:
+        """Bring the files of a resumed run up to its checkpoint; open W&B."""
+        if self.state.server_round >= 0:
+            self.write_results()
+        if self.config.use_wandb:
+            with self.going_on_without_wandb():
+                self.wandb_run = start_wandb(self.config, self.directory, self.state)
+                for row in self.state.results:  # a crash may have kept the last ones from W&B
+                    log_to_wandb(self.wandb_run, row, (), self.class_names)
 
-    def new_best(self, accuracy: float) -> None:
-        """Keep the current model as the best so far."""
-        self.state.best_accuracy = accuracy
-        self.directory.save_best(self.state.model)
-
-    def end_round(self, row: Row, accuracies: Sequence[float] = ()) -> None:
+    def commit(self, row: Row, accuracies: Sequence[float] = ()) -> None:
         """Commit a round: `row` is its line in results.json, `accuracies` are those of the nodes."""
-        if self._closed:  # by a signal, while this thread went on
-            raise UserError("The run was stopped. It can be resumed with resume-from.")
-        self.state.server_round = int(row["round"] or 0)
+        self.state.server_round = row["round"]
         self.state.results.append(row)
-        self.directory.save_round(self.state, self.identity)
-        with self._going_on_without_wandb():
+        # All else can be made again from this file, so the round is committed with it.
+        checkpoint = {"identity": dict(self.identity), "state": vars(self.state)}
+        replace_file(self.directory / "checkpoints" / "last.pt", lambda file: torch.save(checkpoint, file))
+        self.write_results()
+        with self.going_on_without_wandb():
             if self.wandb_run is not None:
-                log_to_wandb(self.wandb_run, row, accuracies)
+                log_to_wandb(self.wandb_run, row, accuracies, self.class_names)
+        if time.monotonic() - self._drawn_at > PLOT_EVERY:  # it takes 0.3 s
+            self.draw()
 
-    def end_run(self) -> None:
-        """Write the final model: with it, the run is finished."""
-        self.directory.save_final(self.state.model)
+    def write_results(self) -> None:
+        """Write results.json, then the best model if this round has it: it never is of a round not in there."""
+        replace_json(self.directory / "results.json", self.state.results)
+        if self.state.best_round == self.state.server_round:
+            best = self.directory / "checkpoints" / "best.pt"
+            replace_file(best, lambda file: torch.save(self.state.model, file))
+
+    def draw(self) -> None:
+        """Draw the plot. A failure is logged, and never ends a run."""
+        self._drawn_at = time.monotonic()
+        try:
+            figure = plot_results(self.state.results, self.class_names)
+            replace_file(self.directory / "metrics.png", lambda file: figure.savefig(file, format="png", dpi=120))
+        except Exception as error:
+            log.warning("The plot cannot be drawn: %s", first_line(error))
+
+    def finish(self) -> None:
+        """Write the final model. Raises UserError when no round had a usable TRAIN reply."""
+        if not any(row["train_received"] for row in self.state.results):
+            fault = f" The last fault: {self.state.last_fault}" if self.state.last_fault else ""
+            raise UserError(f"Nothing was learned: no round had a usable TRAIN reply.{fault}")
+        replace_file(self.directory / "final_model.pt", lambda file: torch.save(self.state.model, file))
+        log.info("This run is finished: %s rounds. For more, raise num-server-rounds.", self.state.server_round)
         self.finished = True
 
     def close(self) -> None:
-        """Draw the plot and close W&B, once, however the run ended."""
-        if self._closed:
-            return
-        self._closed = True
-        self.directory.save_plot(self.state.results)
-        with self._going_on_without_wandb():
+        """Draw the plot and close W&B, however the run ended."""
+        self.draw()
+        with self.going_on_without_wandb():
             if self.wandb_run is not None:
                 finish_wandb(self.wandb_run, self.directory, self.state, exit_code=0 if self.finished else 1)
-        log(INFO, "📂 Run directory: %s", self.directory.path)
 
     @contextmanager
-    def _going_on_without_wandb(self) -> Iterator[None]:
+    def going_on_without_wandb(self) -> Iterator[None]:
         """Let no failure of W&B stop a run: its process may be killed, its disk be full."""
         try:
             yield
         except Exception as error:
-            log(WARNING, "📈 W&B has failed, and the run goes on without it: %s", first_line(error))
+            log.warning("📈 W&B has failed, and the run goes on without it: %s", first_line(error))
             self.wandb_run = None
 
 
-@contextmanager
-def recording(
-    config: RunConfig, directory: RunDirectory, state: ServerState, identity: Mapping[str, Any]
-) -> Iterator[Recorder]:
-    """Open what a run is recorded with, and close it at the run's end: good, bad or by a signal."""
-    recorder = Recorder(directory, state, identity)
-    if config.use_wandb:
-        recorder.open_wandb(config)
-    # On SIGTERM and `flwr stop` Flower ends the process without unwinding this thread. (Ray stands
-    # between the two in a simulation: see check_engine.)
-    add_exit_handler(recorder.close, run_before_force_exit=True)
-    try:
-        yield recorder
-    finally:
-        recorder.close()
+def log_environment() -> None:
+    """Log the versions and the Python environment, which show when another project's SuperLink has the run."""
+    log.info("flwr %s, torch %s, app %s, in %s", version("flwr"), torch.__version__, __version__, sys.prefix)
 
 
-def check_engine() -> None:
-    """Raise UserError when the simulation around this thread ends, as it does on SIGTERM.
+def plot_results(results: Sequence[Row], class_names: Sequence[str]) -> Figure:
+    """Draw accuracy and loss over the rounds, central and federated, and the accuracy of each class."""
+    from matplotlib.figure import Figure  # no pyplot: nothing global, no display
 
-    The engine is the main thread, and this is another. In a simulation Ray takes SIGTERM in Flower's
-    place: it sets an alarm that aborts the process (Abseil's failure handler), and ends the main thread
-    in its own time. No answer will come any more, and nobody would close the run. So hand the signal
-    back to the main thread, as one that Ray leaves alone.
-    """
-    abort_in = signal.getitimer(signal.ITIMER_REAL)[0] if hasattr(signal, "getitimer") else 0  # not on Windows
-    if 0 < abort_in <= RAY_ABORT:
-        signal.alarm(TIME_TO_CLOSE)
-        # Flower's handler closes the run, and reports that it was stopped.
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
-    elif threading.main_thread().is_alive():
-        return
-    raise UserError("Flower's engine has ended. The run can be resumed with resume-from.")
+    def curve(key: str) -> tuple[list[float], np.ndarray]:
+        """Return the rounds that have this figure, and the figure."""
+        rows = [row for row in results if row[key] is not None]
+        return [row["round"] for row in rows], np.array([row[key] for row in rows], dtype=float)
+
+    figure = Figure(figsize=(16, 4.5), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    for axes, name in ((left, "accuracy"), (middle, "loss")):
+        # Okabe and Ito's colours; lines and markers differ, too.
+        axes.plot(*curve(f"centralized_{name}"), color="#0072B2", marker="o", label="central (test split)")
+        rounds, mean = curve(f"federated_evaluate_{name}")
+        _, std = curve(f"federated_evaluate_{name}_std")
+        axes.plot(rounds, mean, color="#D55E00", linestyle="--", marker="s", label="federated mean (opted-in nodes)")
+        axes.fill_between(rounds, mean - std, mean + std, color="#D55E00", alpha=0.2, label="± 1 std over nodes")
+        axes.set(xlabel="round", ylabel=name, title=name.capitalize())
+    middle.set_ylabel("loss (cross-entropy)")
+    for key, text, style in (
+        ("median", "median node", "-."),
+        ("p10", "10th percentile", ":"),
+        ("min", "worst node", "x"),
+    ):
+        left.plot(*curve(f"federated_evaluate_accuracy_{key}"), style, color="black", label=text)
+    for axes in (left, middle):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+
+    rounds, accuracies = curve("centralized_accuracy_per_class")
+    if rounds:
+        extent = (rounds[0] - 0.5, rounds[-1] + 0.5, len(class_names) - 0.5, -0.5)
+        image = right.imshow(accuracies.T, extent=extent, aspect="auto", vmin=0, vmax=1, interpolation="nearest")
+        figure.colorbar(image, ax=right, label="accuracy")
+        if len(class_names) <= 30:
+            right.set_yticks(range(len(class_names)), class_names)
+    right.set(xlabel="round", title="Central accuracy of each class")
+    for axes in (left, middle, right):
+        axes.locator_params(axis="x", integer=True)
+    return figure
 
 
 # ----------------------------------------------------------------------- Weights & Biases
 
 
-def start_wandb(config: RunConfig, directory: RunDirectory, state: ServerState) -> wandb.Run:
-    """Start a W&B run: online where there are credentials and a network, else offline.
+def start_wandb(config: RunConfig, directory: Path, state: ServerState) -> wandb.Run:
+    """Start a W&B run: online where there are credentials and a network, otherwise offline.
 
-    A resumed run goes on under the same W&B id. Raises whatever W&B raises when it cannot start at all.
+    A resumed run continues under the same W&B id. Raises whatever W&B raises when it cannot start.
     """
     import wandb
 
-    # Of the program that started the SuperLink, a notebook say: its W&B process may be gone by now,
-    # or still hold the id of a run that was killed.
-    os.environ.pop("WANDB_SERVICE", None)
-
-    def start(mode: Literal["offline"] | None) -> wandb.Run:
-        run = wandb.init(
-            project=config.wandb_project,
-            dir=directory.path,
-            config=config.to_dict(),
-            id=state.wandb_id or None,
-            resume="allow",
-            mode=mode,
-            tags=["flower", "low-level-api", config.partitioner],
-            # Flower reads this process's output: W&B must not put itself in between.
-            settings=wandb.Settings(init_timeout=20, console="off", silent=True),
-        )
-        run.define_metric("*", step_metric="round")
-        for name in ("centralized", "federated_evaluate"):  # so that the table of runs shows the best
-            run.define_metric(f"{name}_accuracy", step_metric="round", summary="max")
-            run.define_metric(f"{name}_loss", step_metric="round", summary="min")
-        return run
-
+    options: dict[str, Any] = {
+        "project": config.wandb_project,
+        "dir": directory,
+        "config": config.to_dict(),
+        "id": state.wandb_id or None,
+        "resume": "allow",
+        "tags": ["flower", "low-level-api", config.partitioner],
+        # Flower reads this process's output, so W&B must leave it alone.
+        "settings": wandb.Settings(init_timeout=20, console="off", silent=True),
+    }
     try:
-        run = start(None)
+        run = wandb.init(**options)
     except Exception as error:  # no account, no network, no W&B process, ...: classes of many libraries
-        log(INFO, "📈 W&B cannot go online: %s", first_line(error))
-        run = start("offline")
+        log.info("📈 W&B cannot go online: %s", first_line(error))
+        run = wandb.init(**options, mode="offline")
+    run.define_metric("*", step_metric="round")
+    for name in ("centralized", "federated_evaluate"):  # so that the table of runs shows the best
+        run.define_metric(f"{name}_accuracy", step_metric="round", summary="max")
+        run.define_metric(f"{name}_loss", step_metric="round", summary="min")
     if run.offline:
-        log(INFO, "📈 W&B is offline. To upload this run later: wandb sync %s", Path(run.dir).parent)
+        log.info("📈 W&B is offline. To upload this run later: wandb sync %s", Path(run.dir).parent)
     else:
-        log(INFO, "📈 W&B: %s", run.url)
+        log.info("📈 W&B: %s", run.url)
     state.wandb_id = run.id
     return run
 
 
-def log_to_wandb(run: wandb.Run, row: Row, accuracies: Sequence[float]) -> None:
-    """Log one round as one step, with the nodes' accuracies as a histogram."""
+def log_to_wandb(run: wandb.Run, row: Row, accuracies: Sequence[float], class_names: Sequence[str]) -> None:
+    """Log one round as one step, with the nodes' accuracies as a histogram. W&B skips steps that it has."""
     import wandb
 
+    if row["round"] < run.step:
+        return
     values: dict[str, Any] = {key: value for key, value in row.items() if value is not None}
+    per_class = values.pop("centralized_accuracy_per_class", ())
+    values |= {f"accuracy/{n}": a for n, a in zip(class_names, per_class, strict=False) if a is not None}
     if accuracies:
         values["client_accuracies"] = wandb.Histogram(accuracies, num_bins=20)
-    run.log(values, step=int(row["round"] or 0))
+    run.log(values, step=row["round"], commit=True)
 
 
-def finish_wandb(run: wandb.Run, directory: RunDirectory, state: ServerState, exit_code: int) -> None:
+def finish_wandb(run: wandb.Run, directory: Path, state: ServerState, exit_code: int) -> None:
     """Upload the plot and the best model, and close the run."""
     import wandb
 
-    plot, best = directory.path / "metrics.png", directory.path / "checkpoints" / "best.pt"
+    plot, best = directory / "metrics.png", directory / "checkpoints" / "best.pt"
     if plot.exists():
         run.log({"metrics": wandb.Image(str(plot))})
     if best.exists():
-        metadata = {"centralized_accuracy": state.best_accuracy, "rounds": state.server_round}
+        metadata = {"centralized_accuracy": state.best_accuracy, "best_round": state.best_round}
         artifact = wandb.Artifact(f"best-model-{run.id}", type="model", metadata=metadata)
         artifact.add_file(str(best))
         run.log_artifact(artifact)

@@ -1,4 +1,8 @@
-"""A Grid in one process: it hands each message to a real ClientApp when it is first looked for."""
+"""A Grid in one process: it hands each message to a real ClientApp as soon as it is sent.
+
+`TaskIdentity` is not public. Flower's processes fill it in before an app runs, and messages take
+their sender from it; there is no public way to make a message without it.
+"""
 
 import pickle
 import random
@@ -6,6 +10,7 @@ import time
 import tomllib
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import SimpleNamespace
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -27,10 +32,8 @@ def make_context(config: dict, node_id: int = 0, node_config: dict | None = None
 
 
 class InProcessGrid(Grid):
-    """Nodes are run in the order in which they are asked, unless `shuffle` says otherwise.
-
-    `handler` stands for the ClientApp of a node: `handlers[partition]` replaces the real one.
-    It may return None (never answers), several messages, or raise.
+    """`handlers[partition]` replaces the ClientApp of a node. It may return None (never answers),
+    several messages, or raise. With a `seed` replies come in random order.
     """
 
     def __init__(self, client_app: ClientApp | Handler, config: dict, num_nodes: int, seed: int = 0) -> None:
@@ -38,6 +41,7 @@ class InProcessGrid(Grid):
         rng = random.Random(seed)
         self.client_app = client_app
         self.shuffle = random.Random(seed).shuffle if seed else None
+        self.simulated = True
         self.contexts: dict[int, Context] = {}
         for partition in range(num_nodes):
             node_id = rng.getrandbits(63)
@@ -46,9 +50,9 @@ class InProcessGrid(Grid):
         self.connected = set(self.contexts)
         self.handlers: dict[int, Handler] = {}
         self.sent: list[Message] = []
-        self.waiting: dict[str, Message] = {}  # pushed, not yet handled
         self.replies: dict[str, list[Message]] = {}  # handled, not yet pulled
         self.before_push: Callable[[list[Message]], None] = lambda messages: None
+        self.looks: list[list[str]] = []  # the message ids of each pull
         self.peak_models = 0  # in one pull
 
     def partition(self, node_id: int) -> int:
@@ -66,6 +70,14 @@ class InProcessGrid(Grid):
     def get_node_ids(self) -> Iterable[int]:
         return set(self.connected)
 
+    def get_nodes(self) -> Iterable:
+        interval = 1e300 if self.simulated else 30.0
+        nodes = []
+        for node_id in self.connected:  # a set: in no order
+            stamp = f"2026-01-01T00:00:00.{self.partition(node_id):06d}+00:00"
+            nodes.append(SimpleNamespace(node_id=node_id, name="", registered_at=stamp, heartbeat_interval=interval))
+        return nodes
+
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         messages = list(messages)
         self.before_push(messages)
@@ -75,15 +87,14 @@ class InProcessGrid(Grid):
             self.sent.append(message)
             if message.metadata.dst_node_id in self.connected:
                 ids.append(message.metadata.message_id)
-                self.waiting[message.metadata.message_id] = message
+                self._handle(message)
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        wanted = [i for i in self.waiting if i in set(message_ids)]
+        message_ids = list(message_ids)
+        self.looks.append(message_ids)
         if self.shuffle:
-            self.shuffle(wanted)
-        for message_id in wanted:
-            self._handle(self.waiting.pop(message_id))
+            self.shuffle(message_ids)
         found = [reply for i in message_ids for reply in self.replies.pop(i, [])]
         models = sum(reply.has_content() and "arrays" in reply.content for reply in found)
         self.peak_models = max(self.peak_models, models)
@@ -110,23 +121,31 @@ def echo(message: Message, context: Context) -> Message:
 
 
 class TimedGrid(InProcessGrid):
-    """Partition p answers `delays[p]` seconds after its message was pushed."""
+    """Partition p answers `delays[p]` seconds after its message was sent; fetching a reply takes `fetch` seconds."""
 
-    def __init__(self, delays: list[float], client_app: Handler = echo, config: dict | None = None) -> None:
+    def __init__(
+        self, delays: list[float], client_app: Handler = echo, config: dict | None = None, fetch: float = 0
+    ) -> None:
         super().__init__(client_app, config or run_config(), len(delays))
         self.delays = delays
-        self.due: dict[str, float] = {}
+        self.fetch = fetch
         self.pulled: list[str] = []
 
     def push_messages(self, messages):
+        messages = list(messages)
         ids = super().push_messages(messages)
         for message in messages:
             delay = self.delays[self.partition(message.metadata.dst_node_id)]
-            self.due[message.metadata.message_id] = time.monotonic() + delay
+            for reply in self.replies.get(message.metadata.message_id, []):
+                reply.metadata.created_at = time.time() + delay
         return ids
 
     def pull_messages(self, message_ids):
-        ready = [i for i in message_ids if self.due.get(i, 0) <= time.monotonic()]
+        now = time.time()
+        ready = [i for i in message_ids if i in self.replies and self.replies[i][0].metadata.created_at <= now]
+        self.looks.append(list(message_ids))
         found = super().pull_messages(ready)
+        self.looks.pop()
+        time.sleep(self.fetch * len(found))
         self.pulled += [reply.metadata.reply_to_message_id for reply in found]
         return found
