@@ -295,10 +295,7 @@ def _decode_batch(batch: dict[str, list[Any]], in_channels: int, size: int) -> d
 def to_pixels(image: Image.Image, in_channels: int, size: int) -> np.ndarray:
     """Return an image as uint8 (size, size, in_channels): grey or RGB, resized if need be."""
     image = image.convert("L" if in_channels == 1 else "RGB")
-    if image.size != (size, size):
-        from torchvision.transforms.v2.functional import resize  # slow to import, seldom needed
-
-        image = resize(image, [size, size], antialias=True)
+    image = image if image.size == (size, size) else image.resize((size, size))
     return np.asarray(image).reshape(size, size, in_channels)
 
 
