@@ -17,7 +17,7 @@ from pathlib import Path
 
 from deploy.cli import PARTITIONS
 from pytorch_example_low_level.config import UserError
-from pytorch_example_low_level.task import BUNDLED, federated_dataset
+from pytorch_example_low_level.task import BUNDLED, partitions
 
 
 def main() -> None:
@@ -49,9 +49,9 @@ def main() -> None:
 
 def write_partitions(out: Path, nodes: int, dataset: str, partitioner: str, alpha: float, seed: int) -> None:
     """Save the partitions that a simulation with this many nodes would use, a record and a plot of their labels."""
-    fds = federated_dataset(dataset, partitioner, nodes, alpha, seed)
-    partitions = [fds.load_partition(index) for index in range(nodes)]  # before any is written: one may fail
-    for index, partition in enumerate(partitions):
+    partitioning = partitions(dataset, partitioner, nodes, alpha, seed, decoded=False)
+    folders = [partitioning.load_partition(index) for index in range(nodes)]  # before any is written: one may fail
+    for index, partition in enumerate(folders):
         partition.with_format(None).save_to_disk(out / f"node-{index}")
         print(f"{index + 1}/{nodes}: {len(partition)} images", flush=True)
     plot_labels(out / "labels.png", dataset, partitioner, nodes, alpha, seed)
@@ -75,10 +75,9 @@ def plot_labels(path: Path, dataset: str, partitioner: str, nodes: int, alpha: f
     mpl.use("Agg")
     from flwr_datasets.visualization import plot_label_distributions
 
-    fds = federated_dataset(dataset, partitioner, nodes, alpha, seed)
     how = f"Dirichlet, α = {alpha:g}" if partitioner == "dirichlet" else "IID"
     figure, axes, _ = plot_label_distributions(
-        partitioner=fds.partitioners["train"],
+        partitioner=partitions(dataset, partitioner, nodes, alpha, seed, decoded=False),
         label_name="label",
         size_unit="absolute",
         partition_id_axis="x",
