@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from pytorch_example_low_level import client_app, server_app, task, utils
-from tests.grid import InProcessGrid, make_context, run_config
+from tests.grid import PROJECT, InProcessGrid, make_context, run_config
 
 torch.set_num_threads(1)
 
@@ -33,10 +33,16 @@ def tiny_dataset(tmp_path_factory) -> str:
     import datasets
 
     folder = tmp_path_factory.mktemp("tiny")
-    bundled = datasets.load_dataset(task._locate(task.BUNDLED))
+    bundled = datasets.load_dataset(str(PROJECT / "fashion_mnist_sample"))
     for split, count in (("train", 120), ("test", 40)):
         bundled[split].shuffle(seed=0).select(range(count)).to_parquet(folder / "data" / f"{split}.parquet")
     return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def short_wait_for_nodes(monkeypatch) -> None:
+    """In one process all nodes are there from the beginning."""
+    monkeypatch.setattr(server_app, "SETTLE", 0.01)
 
 
 class App:
@@ -89,7 +95,7 @@ def quick_plot(monkeypatch) -> None:
     """An empty plot: for the many tests that run the loop for something else."""
     from matplotlib.figure import Figure
 
-    monkeypatch.setattr(utils, "plot_results", lambda results: Figure(figsize=(1, 1)))
+    monkeypatch.setattr(utils, "plot_results", lambda results, class_names: Figure(figsize=(1, 1)))
 
 
 def results(directory: Path, *, times: bool = False) -> list[dict]:
