@@ -354,7 +354,7 @@ def train(
     if not len(data):
         raise DataError("the training split is empty")
     generator = torch.Generator().manual_seed(seed)
-    net.to(device).to(memory_format=torch.channels_last).train()
+    net.to(device).train()
     trainable = [parameter for parameter in net.parameters() if parameter.requires_grad]
     fused = device.type in ("cpu", "cuda")  # one kernel for the whole step
     optimizer = torch.optim.SGD(trainable, lr=lr, momentum=config.momentum, fused=fused)
@@ -406,7 +406,7 @@ def test(net: nn.Module, data: Split, device: torch.device, batch_size: int = 50
     if not len(data):
         raise DataError("the split to evaluate on is empty")
     was_training = net.training
-    net.to(device).to(memory_format=torch.channels_last).eval()
+    net.to(device).eval()
     loss, hits = 0.0, []
     for images, labels in zip(data.images.split(batch_size), data.labels.split(batch_size), strict=True):  # type: ignore[no-untyped-call]
         logits = net(normalise(images.to(device))).cpu()
