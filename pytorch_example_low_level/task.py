@@ -261,8 +261,9 @@ def _canonical(splits: datasets.DatasetDict) -> datasets.DatasetDict:
     label = next((k for k, f in features.items() if isinstance(f, datasets.ClassLabel)), None)
     if label is None:
         others = [k for k in features if k != image]
-        values = [{name: set(rows.unique(name)) for name in others} for rows in splits.values()]
-        if len(others) != 1 or any(value != values[0] for value in values):
+        lone = len(others) == 1 and isinstance(features[others[0]], datasets.Value)
+        values = [set(rows.unique(others[0])) for rows in splits.values() if lone]
+        if not lone or any(value != values[0] for value in values):
             raise DataError(
                 f"no column of type ClassLabel; the columns are {dict(features)}. Make one, in all splits alike: "
                 f"rows.class_encode_column({others[0] if others else 'label'!r}) or "
