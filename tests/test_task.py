@@ -96,7 +96,7 @@ def test_a_device_that_is_not_there_is_one_clear_error():
 
 
 def test_auto_takes_cuda_then_mps_then_the_cpu(monkeypatch):
-    monkeypatch.setattr(torch, "zeros", lambda *shape, device: torch.ones(*shape))
+    monkeypatch.setattr(torch, "zeros", lambda shape, device: torch.ones(shape))
     for cuda, mps, expected in [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")]:
         monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda mps=mps: mps)
