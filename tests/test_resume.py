@@ -221,6 +221,7 @@ def test_another_model_and_other_data_under_the_same_name_are_refused(app, monke
     class Wide(task.Net):
         def __init__(self, in_channels: int, num_classes: int) -> None:
             super().__init__(in_channels, num_classes)
+            self.conv1 = nn.Conv2d(in_channels, 16, 5, bias=False)
             self.fc2 = nn.Linear(128, 12)
             self.more = nn.Parameter(torch.zeros(2))
 
@@ -229,6 +230,7 @@ def test_another_model_and_other_data_under_the_same_name_are_refused(app, monke
         with pytest.raises(UserError) as error:
             app.run(num_server_rounds=2, dataset=str(copy), resume_from=str(directory))
     assert [line.strip() for line in str(error.value).splitlines()[1:]] == [
+        "- model: conv1.bias: 'torch.float32 (16,)' then, 'nothing' now",
         "- model: fc2.weight: 'torch.float32 (10, 128)' then, 'torch.float32 (12, 128)' now",
         "- model: fc2.bias: 'torch.float32 (10,)' then, 'torch.float32 (12,)' now",
         "- model: more: 'nothing' then, 'torch.float32 (2,)' now",

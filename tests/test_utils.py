@@ -104,6 +104,8 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
         utils.replace_file(path, fails_half_way)
     assert json.loads(path.read_text()) == [1]
     assert [p.name for p in tmp_path.iterdir()] == ["results.json"]  # and nothing is left beside it
+    with pytest.raises(UserError, match=r"Cannot write .*: \[Errno 2\] No such file or directory"):
+        utils.replace_json(tmp_path / "none" / "x.json", [])
 
 
 @pytest.mark.parametrize("system", ["posix", "nt"])
@@ -315,7 +317,7 @@ def test_a_lock_is_released_when_a_run_ends_or_fails(tmp_path):
     (tmp_path / ".holder").unlink()
     with utils.locked(tmp_path, 3):
         (tmp_path / ".holder").unlink()
-        with pytest.raises(UserError, match="in use by another run"), utils.locked(tmp_path, 4):
+        with pytest.raises(UserError, match=r"in use by another run$"), utils.locked(tmp_path, 4):
             pass
 
 
@@ -360,6 +362,9 @@ def test_the_plot_shows_the_curves_and_leaves_out_what_is_null():
     left, middle, right = utils.plot_results(rows, []).axes
     assert [axes.get_xlabel() for axes in (left, middle, right)] == ["round"] * 3
     assert (left.get_ylabel(), middle.get_ylabel()) == ("accuracy", "loss (cross-entropy)")
+    assert [axes.get_title() for axes in (left, middle, right)] == [
+        "Accuracy", "Loss", "Central accuracy of each class"
+    ]  # fmt: skip
     curves = [[line.get_xdata().tolist(), line.get_ydata().tolist()] for line in left.lines]
     assert curves == [
         [[0, 1, 2, 3], [0.0, 0.1, 0.2, 0.3]],
@@ -400,14 +405,19 @@ def test_the_plot_shows_the_accuracy_of_each_class():
 def test_the_plot_is_drawn_while_a_run_goes_on(tmp_path, monkeypatch):
     """At most every 30 s, since it takes a moment."""
     one = recorder(tmp_path, model={})
-    now = one._drawn_at
+    now = start = one._drawn_at
     monkeypatch.setattr(utils.time, "monotonic", lambda: now)
     drawn = []
-    monkeypatch.setattr(utils.Recorder, "draw", lambda self: drawn.append(now) or setattr(self, "_drawn_at", now))
-    start = now
-    for server_round, now in enumerate([start + 10, start + 31, start + 40, start + 62]):  # noqa: B007
+
+    def plot(rows, class_names):
+        drawn.append((now - start, len(rows), class_names))
+        return SimpleNamespace(savefig=lambda file, **options: file.write(b"picture"))
+
+    monkeypatch.setattr(utils, "plot_results", plot)
+    for server_round, now in enumerate([start + 10, start + 31, start + 40, start + 61.5]):  # noqa: B007
         one.commit(utils.new_row(server_round))
-    assert [at - start for at in drawn] == [31, 62]
+    assert drawn == [(pytest.approx(31), 2, ["a", "b"]), (pytest.approx(61.5), 4, ["a", "b"])]
+    assert (tmp_path / "metrics.png").read_bytes() == b"picture"
 
 
 def test_the_file_of_the_plot_is_a_picture(tmp_path):
