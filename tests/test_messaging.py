@@ -122,10 +122,10 @@ def test_a_phase_ends_as_soon_as_all_have_replied():
 def test_a_reply_counts_if_it_came_while_the_server_was_busy():
     mailbox = Mailbox(TimedGrid([0.0, 0.1, 0.5, 0.2]))
     batch = send(mailbox, 0.3)
-    time.sleep(0.7)  # a central evaluation, say: all replies are there, one of them late
+    time.sleep(0.6)  # a central evaluation, say: all replies are there, one of them late
     started = time.monotonic()
     assert collect(mailbox, batch) == [0, 1, 3]
-    assert time.monotonic() - started < 0.2
+    assert time.monotonic() - started < 2
     assert batch.failed == 1
 
 
@@ -182,7 +182,7 @@ def test_looks_grow_rarer_while_no_reply_comes():
     grid = TimedGrid([NEVER] * NODES)
     mailbox = Mailbox(grid)
     collect(mailbox, send(mailbox, 1))
-    assert 5 <= len(grid.looks) <= 45  # every 0.01 s would be 100
+    assert 16 <= len(grid.looks) <= 45  # every 0.01 s would be 100, every 0.1 s 10
 
 
 def test_late_replies_are_fetched_and_dropped_later():
