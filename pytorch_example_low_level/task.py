@@ -265,8 +265,9 @@ def _canonical(splits: datasets.DatasetDict) -> datasets.DatasetDict:
     label = next((k for k, f in features.items() if isinstance(f, datasets.ClassLabel)), None)
     if label is None:
         others = [k for k in features if k != image]
-        values = [{name: set(rows.unique(name)) for name in others} for rows in splits.values()]
-        if len(others) != 1 or any(value != values[0] for value in values):
+        lone = len(others) == 1 and isinstance(features[others[0]], datasets.Value)
+        values = [set(rows.unique(others[0])) for rows in splits.values() if lone]
+        if not lone or any(value != values[0] for value in values):
             raise DataError(
                 f"no column of type ClassLabel; the columns are {dict(features)}. Make one, in all splits alike: "
                 f"rows.class_encode_column({others[0] if others else 'label'!r}) or "
@@ -358,7 +359,7 @@ def train(
     if not len(data):
         raise DataError("the training split is empty")
     generator = torch.Generator().manual_seed(seed)
-    net.to(device).to(memory_format=torch.channels_last).train()
+    net.to(device).train()
     trainable = [parameter for parameter in net.parameters() if parameter.requires_grad]
     fused = device.type in ("cpu", "cuda")  # one kernel for the whole step
     optimizer = torch.optim.SGD(trainable, lr=lr, momentum=config.momentum, fused=fused)
@@ -408,7 +409,7 @@ def test(net: nn.Module, data: Split, device: torch.device, batch_size: int = 50
     if not len(data):
         raise DataError("the split to evaluate on is empty")
     was_training = net.training
-    net.to(device).to(memory_format=torch.channels_last).eval()
+    net.to(device).eval()
     loss, hits = 0.0, []
     for images, labels in zip(data.images.split(batch_size), data.labels.split(batch_size), strict=True):  # type: ignore[no-untyped-call]
         logits = net(normalise(images.to(device))).cpu()
