@@ -270,7 +270,8 @@ def test_the_limits_in_the_reference_are_those_of_the_code():
 def test_every_run_config_in_a_command_is_valid(app):
     from flwr.common.config import parse_config_args
 
-    commands = re.findall(r'--run-config (?:"([^"]*)"|([a-z-]+=\S+))', ALL)
+    text = "\n".join(PAGES[page] for page in PAGES.keys() - {"docs/recipes.md"})  # recipes add settings
+    commands = re.findall(r'--run-config (?:"([^"]*)"|([a-z-]+=\S+))', text)
     assert len(commands) >= 8
     for quoted, bare in commands:
         if "..." not in quoted:
