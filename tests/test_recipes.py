@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from flwr.app import MessageType
+from flwr.app import Message, MessageType, MetricRecord, RecordDict
 
 from tests.grid import InProcessGrid
 from tests.recipes import BLOCK, TEXT, PacedGrid, blocks, changed_app, run
@@ -288,6 +288,44 @@ def test_the_first_of_the_cohort_may_be_fewer(try_out):
     done = try_out(app, PacedGrid(app, app.defaults, [1.0, 1.0, 900.0, 900.0]), fraction_clients_train=1.0)
     assert [row["train_received"] for row in done.rows[1:]] == [2, 2]
     assert [row["train_failed"] for row in done.rows[1:]] == [2, 2]
+
+
+# ----------------------------------------------------- 7. Buffered asynchronous rounds
+
+
+def test_a_stale_update_counts_less(try_out, monkeypatch):
+    app = changed_app("fedbuff")
+    monkeypatch.setattr(app.server_app, "BUFFER", 1)
+
+    def add_one(message, context):
+        if message.metadata.message_type != MessageType.TRAIN:
+            return app.client_app.app(message, context)
+        arrays = message.content["arrays"].to_torch_state_dict()
+        trained = app.messaging.to_array_record({name: tensor + 1 for name, tensor in arrays.items()})
+        metrics = MetricRecord({"train_loss": 0.5, "num-examples": 1})
+        return Message(RecordDict({"arrays": trained, "metrics": metrics}), reply_to=message)
+
+    grid = PacedGrid(app, app.defaults, [1.0, 2.5])
+    grid.handlers = {0: add_one, 1: add_one}
+    done = try_out(app, grid, num_server_rounds=3, fraction_clients_train=1.0, evaluate_every=9)
+    # The quick node adds 1 at 1 s and at 2 s. At 2.5 s, the slow one's update is two rounds old.
+    start = app.task.initial_model(1, 10, 42).state_dict()
+    for name, tensor in done.model.items():
+        assert torch.allclose(tensor - start[name], torch.tensor(2 + 3**-0.5), atol=1e-5)
+    assert trained(grid) == {"1": [0, 1], "2": [0], "3": [0]}
+    assert [row["train_received"] for row in done.rows[1:]] == [1, 1, 1]
+    assert sum(row["seconds_train"] for row in done.rows[1:]) == pytest.approx(2.5, abs=0.1)
+
+
+def test_nodes_are_at_work_all_the_time(try_out):
+    app = changed_app("fedbuff")
+    grid = PacedGrid(app, app.defaults, [1.0] * 8 + [7.0] * 2)
+    done = try_out(app, grid, num_server_rounds=8, fraction_clients_train=0.8, evaluate_every=9)
+    assert all(row["train_received"] >= app.server_app.BUFFER for row in done.rows[1:])
+    sampled, received = ([row[f"train_{key}"] for row in done.rows[1:]] for key in ("sampled", "received"))
+    assert sampled == [8, *received[:-1]]  # whoever is done makes room for another
+    assert sum(row["seconds_train"] for row in done.rows[1:]) < 14
+    assert {8, 9} & {partition for round_ in trained(grid).values() for partition in round_}
 
 
 # ----------------------------------------------------------------- 8. Differential privacy
