@@ -185,8 +185,10 @@ def load_test_split(dataset: str) -> Split:
 
 
 @lru_cache(maxsize=1)  # one per process: loading and partitioning take seconds
-def partitions(dataset: str, partitioner: str, num_partitions: int, alpha: float, seed: int) -> Partitioner:
-    """Return the partitioner of flwr-datasets that holds the decoded training split of a data set.
+def partitions(
+    dataset: str, partitioner: str, num_partitions: int, alpha: float, seed: int, *, decoded: bool = True
+) -> Partitioner:
+    """Return the partitioner of flwr-datasets that holds the training split of a data set.
 
     https://flower.ai/docs/datasets/ref-api/flwr_datasets.partitioner.html
     """
@@ -195,7 +197,7 @@ def partitions(dataset: str, partitioner: str, num_partitions: int, alpha: float
     splits = _load(dataset)
     if "train" not in splits:
         raise DataError(f"there is no split train; the splits are {list(splits)}")
-    rows = _decode(splits["train"])
+    rows = _decode(splits["train"]) if decoded else splits["train"].with_format("arrow")
     if len(rows) < MIN_PARTITION * num_partitions:
         raise DataError(
             f"{len(rows)} training images are too few for {num_partitions} nodes, each of which needs {MIN_PARTITION}"

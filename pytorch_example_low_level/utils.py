@@ -89,8 +89,8 @@ class Stopwatch:
 
     def summary(self, row: Row, rounds_left: int) -> str:
         """Return how long the round took, and how long the rest takes at the median pace so far."""
-        names = {"nodes": "waiting for nodes", "train": "TRAIN", "query": "QUERY", "evaluate": "EVALUATE"}
-        seconds = {name: row[f"seconds_{key}"] for key, name in names.items()}
+        names = ("nodes", "train", "central", "query", "evaluate")
+        seconds = {name: row[f"seconds_{name}"] for name in names}
         phases = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items() if value is not None)
         left = timedelta(seconds=round(float(np.median(self._rounds)) * rounds_left))
         return f"Round took {row['seconds_total']:.1f} s ({phases}); about {left} left"
