@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from importlib.util import find_spec
+from logging import getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 StateDict = dict[str, Tensor]
+log = getLogger("flwr")
 
 BUNDLED = "fashion-mnist-sample"
 ON_THE_HUB = "zalando-datasets/fashion_mnist"  # stands in where the bundled images are not installed
@@ -234,8 +236,12 @@ def _load(dataset: str) -> datasets.DatasetDict:
     datasets.disable_progress_bars()
     path = Path(dataset).expanduser()
     if dataset == BUNDLED:
-        spec = find_spec("fashion_mnist_sample")
-        splits = datasets.load_dataset(str(Path(spec.origin).parent) if spec and spec.origin else ON_THE_HUB)
+        spec = find_spec("fashion_mnist_sample")  # from Flower's hub it comes without the images
+        if spec and spec.origin and Path(spec.origin).with_name("data").is_dir():
+            splits = datasets.load_dataset(str(Path(spec.origin).parent))
+        else:
+            log.info("The bundled images are not installed; taking %s from the Hugging Face Hub", ON_THE_HUB)
+            splits = datasets.load_dataset(ON_THE_HUB)
     elif (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         splits = datasets.load_from_disk(path)  # a folder of `save_to_disk`
     elif path.is_dir():
@@ -331,10 +337,10 @@ def _explained(what: str) -> Iterator[None]:
     except Exception as error:
         reason = " ".join(str(error).split()) or first_line(error)
         raise DataError(
-            f"Cannot use {what}: {reason} -- Allowed: dataset={BUNDLED!r} (comes with `pip install .` in the app's "
-            "folder, needs no network), the absolute path of a folder that datasets.load_dataset or "
-            "datasets.load_from_disk can read, or the name of an image-classification data set on the Hugging Face "
-            "Hub (needs network; with HF_HUB_OFFLINE=1 what is in the cache is used at once)."
+            f"Cannot use {what}: {reason} -- Allowed: dataset={BUNDLED!r} (its images come with `pip install .` in a "
+            f"clone of the app; without them it is {ON_THE_HUB} on the Hub), the absolute path of a folder that "
+            "datasets.load_dataset or datasets.load_from_disk can read, or the name of an image-classification data "
+            "set on the Hugging Face Hub (needs network; with HF_HUB_OFFLINE=1 what is in the cache is used at once)."
         ) from error
 
 
