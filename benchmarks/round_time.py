@@ -22,6 +22,7 @@ OUT.json is written after every step, OUT.png at the end.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import multiprocessing
@@ -201,7 +202,7 @@ class Setting:
         changed = {key.replace("_", "-"): value for key, value in self.run_config().items()}
         return RunConfig.from_context(Context(0, 0, {}, RecordDict(), defaults | changed))
 
-    def messages(self) -> dict[str, int]:
+    def messages(self) -> dict[str, Any]:
         """Return how many messages of each kind the engine exchanges."""
         return {"trained": self.trained, "asked": self.asked, "evaluated": self.asked // 2}
 
@@ -228,7 +229,11 @@ def cohorts(setting: Setting, rounds: int) -> list[list[tuple[str, int]]]:
     return [
         [("train", node.node_id) for node in sample_cohort(nodes, config, server_round)]
         + [("test", quarter) for quarter in range(4)]  # so that the workers can share it
-        + [("validation", n.node_id) for n in sample_asked(nodes, config, server_round) if opts_in(server_round, n.node_id)]
+        + [
+            ("validation", n.node_id)
+            for n in sample_asked(nodes, config, server_round)
+            if opts_in(server_round, n.node_id)
+        ]
         for server_round in range(1, rounds + 1)
     ]
 
@@ -251,7 +256,7 @@ def floor_worker(mine: Any, shared: Any, done: Any, setting: Setting) -> None:
         net = task.make_model(test_split.in_channels, classes)
         if setting.width != 128:
             net.fc1, net.fc2 = nn.Linear(32 * 4 * 4, setting.width), nn.Linear(setting.width, classes)
-        return net.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+        return net.to(memory_format=torch.channels_last)
 
     while (pieces := mine.get()) is not None:
         tensors = {piece: split(*piece) for piece in pieces}
@@ -262,7 +267,7 @@ def floor_worker(mine: Any, shared: Any, done: Any, setting: Setting) -> None:
             if piece[0] == "train":
                 optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=config.momentum, fused=True)
                 adjustment = config.logit_adjustment * torch.log(torch.bincount(labels, minlength=classes) + 1.0)
-                for rows in torch.randperm(len(labels)).tensor_split(math.ceil(len(labels) / config.batch_size)):  # type: ignore[no-untyped-call]
+                for rows in torch.randperm(len(labels)).tensor_split(math.ceil(len(labels) / config.batch_size)):
                     optimizer.zero_grad()
                     logits = net(task.normalise(images[rows])) + adjustment
                     F.cross_entropy(logits, labels[rows]).backward()  # type: ignore[no-untyped-call]
@@ -323,18 +328,16 @@ def watch(superlink: LocalSuperLink, pattern: str = "", **arguments: Any) -> Wat
     """Run an app; note when a line with a pattern comes, and how much memory its processes take at most."""
     watched, ended = Watched(FinishedRun("", "", "", None)), threading.Event()
 
+    earlier = set(processes())  # that of the run before may still be there
+
     def memory() -> None:
-        while not ended.wait(0.5):
-            for status in Path("/proc").glob("[0-9]*/status"):
-                try:
-                    text, command = status.read_text(), (status.parent / "cmdline").read_text()
-                except OSError:
-                    continue  # it has just ended
-                peak = int(match.group(1)) if (match := re.search(r"VmHWM:\s+(\d+)", text)) else 0
-                if "flwr-simulation" in command and str(superlink.port) in command:
-                    watched.server_peak = max(watched.server_peak, peak)
-                elif command.startswith("ray::ClientAppActor"):
-                    watched.worker_peak = max(watched.worker_peak, peak)
+        while not ended.wait(1):
+            for process in set(processes()) - earlier:
+                name = command(process)
+                if "flwr-simulation" in name and str(superlink.port) in name:
+                    watched.server_peak = max(watched.server_peak, peak_kib(process))
+                elif name.startswith("ray::ClientAppActor"):
+                    watched.worker_peak = max(watched.worker_peak, peak_kib(process))
 
     thread = threading.Thread(target=memory)
     thread.start()
@@ -353,6 +356,26 @@ def watch(superlink: LocalSuperLink, pattern: str = "", **arguments: Any) -> Wat
     if watched.run.status != "finished:completed":
         raise SystemExit(f"a run ended with {watched.run.status}:\n{watched.run.log[-4000:]}")
     return watched
+
+
+def processes() -> list[Path]:
+    """Return the folders of all processes."""
+    return list(Path("/proc").glob("[0-9]*"))
+
+
+def command(process: Path) -> str:
+    """Return the command line of a process; "" when it has ended."""
+    with contextlib.suppress(OSError):
+        return (process / "cmdline").read_text()
+    return ""
+
+
+def peak_kib(process: Path) -> int:
+    """Return the most memory that a process has had; 0 when it has ended."""
+    with contextlib.suppress(OSError):
+        found = re.search(r"VmHWM:\s+(\d+)", (process / "status").read_text())
+        return int(found.group(1)) if found else 0
+    return 0
 
 
 def noop_app(folder: Path) -> Path:
@@ -520,10 +543,11 @@ def measure(superlink: LocalSuperLink, noop: Path, report: Report, progress: Pro
     progress.next(f"start-up of app and engine, {STARTS} times each")
     starts: dict[str, list[float]] = {"app": [], "engine": []}
     one = quick | {"fraction_clients_train": 0.001, "num_server_rounds": 1}
+    few: dict[str, Any] = {"trained": 1, "asked": 1, "evaluated": 1, "rounds": 1}
     for _ in range(STARTS):
         first = r"Received 1/1 results \(TRAIN\)"
         starts["app"].append(watch(superlink, first, **one).seconds_to[first])
-        first, few = "NOOP train", {"trained": 1, "asked": 1, "evaluated": 1, "rounds": 1}
+        first = "NOOP train"
         starts["engine"].append(watch(superlink, first, nodes=50, app=noop, **few).seconds_to[first])
     for name, values in starts.items():
         figures[f"50 nodes: {name}, s to the first TRAIN reply"] = statistics.median(values)
@@ -534,7 +558,12 @@ def measure(superlink: LocalSuperLink, noop: Path, report: Report, progress: Pro
 
 
 def measure_scale(
-    superlink: LocalSuperLink, noop: Path, report: Report, progress: Progress, rounds: int, sizes: Sequence[tuple[int, int]]
+    superlink: LocalSuperLink,
+    noop: Path,
+    report: Report,
+    progress: Progress,
+    rounds: int,
+    sizes: Sequence[tuple[int, int]],
 ) -> None:
     """Measure a round of app, engine and floor with more and more nodes."""
     for nodes, asked in sizes:
@@ -623,10 +652,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10, help="rounds of each run (default: %(default)s)")
     parser.add_argument("--scale", action="store_true", help="also 50 to 10,000 nodes and a model of 25 MB")
     parser.add_argument("--scale-rounds", type=int, default=5, help="rounds of each of those (default: %(default)s)")
-    parser.add_argument("--only", type=int, nargs="*", metavar="NODES", help="only these numbers of nodes; 0: 25 MB")
     parser.add_argument("--out", type=Path, help="OUT.json and, with --scale, OUT.png are written")
     args = parser.parse_args()
-    sizes = [(nodes, asked) for nodes, asked in SCALE if args.scale]
+    sizes = SCALE if args.scale else ()
     report = Report(args.out, args.dataset)
     progress = Progress(steps(sizes, args.rounds, args.scale_rounds))
     with tempfile.TemporaryDirectory() as name, LocalSuperLink(Path(name) / "flower") as superlink:
