@@ -1,8 +1,7 @@
 """Messages with deadlines on Flower's Grid, and the checks that every reply must pass.
 
-A round needs `Mailbox.send` and `Mailbox.collect`. `Grid.send_and_receive` would do for a first
-version, but it returns all models at once, looks for replies only every 3 s over a network, and
-leaves late replies at the SuperLink.
+`Grid.send_and_receive` would do for a first version, but it returns all models at once, looks for
+replies only every 3 s over a network, and leaves late replies at the SuperLink.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ MAX_EXAMPLES = 10**9  # a larger weight would drown all other nodes
 MAX_FLOAT = 1e100  # a weighted sum of squares of such numbers is still finite in double precision
 MAX_INTEGER = 2**53  # double precision holds every integer up to here
 MAX_TEXT = 300  # characters of a node's text that reach the log
-MAX_REASONS = 5  # warnings a phase
+MAX_REASONS = 5  # warnings a phase; further reasons are counted together
 MAX_LOOK = 64  # message ids in one look for replies, whose cost grows with their number
 MAX_WAITING = 8  # models in memory that wait for their turn to be aggregated
 MAX_LATE = 10_000  # late replies that are still looked for, to take them off the SuperLink
@@ -84,28 +83,21 @@ class Batch:
     faults: dict[str, list[Node]] = field(default_factory=dict)  # reason -> nodes
 
     def leave_out(self, node: Node, reason: str) -> None:
-        """Note why a node is left out. The reason may be its own words."""
-        self.faults.setdefault(clean(reason), []).append(node)
-
-    def miss(self, node: Node) -> None:
-        """Count a node without a reply before the deadline. In a QUERY that is no fault."""
-        self.failed += 1
-        if self.message_type != MessageType.QUERY:
-            self.leave_out(node, f"no reply within {self.timeout:g} s")
+        """Note why a node is left out; the reason may be its own words."""
+        reason = clean(reason)
+        if reason not in self.faults and len(self.faults) >= MAX_REASONS:
+            reason = "other reasons"
+        self.faults.setdefault(reason, []).append(node)
 
     def log_faults(self) -> str:
-        """Log a warning for each reason, the most frequent first; return the first warning, or ""."""
-        faults = sorted(self.faults.items(), key=lambda item: -len(item[1]))
-        warnings = []
-        for reason, nodes in faults[:MAX_REASONS]:
-            names = ", ".join(map(str, nodes[:3])) + (", ..." if len(nodes) > 3 else "")
-            who = names if len(nodes) == 1 else f"{len(nodes)} nodes ({names})"
-            warnings.append(f"{who} ({self.message_type}): {reason}")
-        if others := sum(len(nodes) for _, nodes in faults[MAX_REASONS:]):
-            warnings.append(f"{others} more nodes ({self.message_type}) for other reasons")
-        for warning in warnings:
-            log.warning("Round %s: left out %s", self.server_round, warning)
-        return warnings[0] if warnings else ""
+        """Log one warning for each reason, however many nodes it concerns; return the first, or ""."""
+        lines = []
+        for reason, nodes in self.faults.items():
+            who = ", ".join(map(str, nodes[:3])) + (", ..." if len(nodes) > 3 else "")
+            who = who if len(nodes) == 1 else f"{len(nodes)} nodes ({who})"
+            lines.append(f"{who} ({self.message_type}): {reason}")
+            log.warning("Round %s: left out %s", self.server_round, lines[-1])
+        return lines[0] if lines else ""
 
 
 class Mailbox:
@@ -155,9 +147,7 @@ class Mailbox:
                 for seen in ids if is_last_look else arrived:
                     del waiting[seen]
                 if is_last_look:
-                    self._late.extend(i for i in ids if i not in arrived)
-                    for missing in (i for i in ids if i not in arrived):
-                        batch.miss(batch.nodes[missing])
+                    self._miss(batch, [i for i in ids if i not in arrived])
                 elif message_id in waiting:  # pause for a tenth of the time since the last reply, within bounds
                     last_arrival = now if arrived else last_arrival
                     pause = min(max((now - last_arrival) / 10, PAUSE[0]), PAUSE[1])
@@ -191,7 +181,7 @@ class Mailbox:
                 if isinstance(reply, Exception):
                     raise reply
                 if time.time() > batch.deadline and not reply.metadata.created_at <= batch.deadline:
-                    batch.miss(node)
+                    self._miss(batch, [message_id])
                 elif reply.has_error():
                     batch.failed += 1
                     batch.leave_out(node, last_line(reply.error.reason or f"error {reply.error.code}"))
@@ -203,6 +193,13 @@ class Mailbox:
                 batch.leave_out(node, str(error) if isinstance(error, Rejected) else f"unreadable reply: {error!r}")
         self._late.extend(late)
         return arrived
+
+    def _miss(self, batch: Batch, ids: Sequence[str]) -> None:
+        """Count nodes without a reply before the deadline. In a QUERY that is no fault."""
+        self._late.extend(ids)
+        batch.failed += len(ids)
+        for message_id in ids if batch.message_type != MessageType.QUERY else ():
+            batch.leave_out(batch.nodes[message_id], f"no reply within {batch.timeout:g} s")
 
     def _pull(self, ids: Sequence[str]) -> Iterator[tuple[str, Message | Exception]]:
         """Fetch the replies that are there. A reply that Flower cannot decode comes as the exception."""

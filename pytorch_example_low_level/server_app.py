@@ -40,7 +40,9 @@ def main(grid: Grid, context: Context) -> None:
     if config.initial_model and not config.resume_from:
         utils.load_model(config.initial_model, net)
 
-    with utils.open_run(config, context.run_id, net, test_split) as recorder:
+    with utils.open_run(
+        config, context.run_id, net, test_split.images, test_split.labels, test_split.class_names
+    ) as recorder:
         state, mailbox, stopwatch = recorder.state, Mailbox(grid), utils.Stopwatch()
         if state.server_round < 0:  # a new run: round 0 is the initial model
             recorder.commit(utils.new_row(0) | evaluate_centrally(net, state.model, test_split, device))

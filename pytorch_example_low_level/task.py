@@ -185,8 +185,10 @@ def load_test_split(dataset: str) -> Split:
 
 
 @lru_cache(maxsize=1)  # one per process: loading and partitioning take seconds
-def partitions(dataset: str, partitioner: str, num_partitions: int, alpha: float, seed: int) -> Partitioner:
-    """Return the partitioner of flwr-datasets that holds the decoded training split of a data set.
+def partitions(
+    dataset: str, partitioner: str, num_partitions: int, alpha: float, seed: int, *, decoded: bool = True
+) -> Partitioner:
+    """Return the partitioner of flwr-datasets that holds the training split of a data set.
 
     https://flower.ai/docs/datasets/ref-api/flwr_datasets.partitioner.html
     """
@@ -195,7 +197,7 @@ def partitions(dataset: str, partitioner: str, num_partitions: int, alpha: float
     splits = _load(dataset)
     if "train" not in splits:
         raise DataError(f"there is no split train; the splits are {list(splits)}")
-    rows = _decode(splits["train"])
+    rows = _decode(splits["train"]) if decoded else splits["train"].with_format("arrow")
     if len(rows) < MIN_PARTITION * num_partitions:
         raise DataError(
             f"{len(rows)} training images are too few for {num_partitions} nodes, each of which needs {MIN_PARTITION}"
@@ -295,10 +297,7 @@ def _decode_batch(batch: dict[str, list[Any]], in_channels: int, size: int) -> d
 def to_pixels(image: Image.Image, in_channels: int, size: int) -> np.ndarray:
     """Return an image as uint8 (size, size, in_channels): grey or RGB, resized if need be."""
     image = image.convert("L" if in_channels == 1 else "RGB")
-    if image.size != (size, size):
-        from torchvision.transforms.v2.functional import resize  # slow to import, seldom needed
-
-        image = resize(image, [size, size], antialias=True)
+    image = image if image.size == (size, size) else image.resize((size, size))
     return np.asarray(image).reshape(size, size, in_channels)
 
 

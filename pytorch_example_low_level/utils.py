@@ -1,4 +1,4 @@
-"""What a run leaves behind: its directory, checkpoints, results, plot and W&B; and two schedules.
+"""What a run leaves behind: its directory, checkpoints, results.json, plot and W&B.
 
 Every file is replaced whole, so it is complete, old or new, after a crash at any instant.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import platform
 import socket
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
     import wandb
     from matplotlib.figure import Figure
 
-StateDict = dict[str, Tensor]
 Row = dict[str, Any]  # one round in results.json
 
 PLOT_EVERY = 30  # seconds between two drawings while a run goes on
@@ -45,29 +43,28 @@ RESULT_KEYS = (
     "round", "lr", "nodes_available",
     "train_sampled", "train_received", "train_failed", "train_rejected", "train_loss",
     "centralized_loss", "centralized_accuracy", "centralized_accuracy_per_class",
-    "query_sent", "query_received", "opted_in",
-    "evaluate_received", "evaluate_failed",
+    "query_sent", "query_received", "opted_in", "evaluate_received", "evaluate_failed",
     "federated_evaluate_loss", "federated_evaluate_loss_std",
-    "federated_evaluate_accuracy", "federated_evaluate_accuracy_std",
-    "federated_evaluate_accuracy_min", "federated_evaluate_accuracy_p10",
-    "federated_evaluate_accuracy_median",
+    "federated_evaluate_accuracy", "federated_evaluate_accuracy_std", "federated_evaluate_accuracy_min",
+    "federated_evaluate_accuracy_p10", "federated_evaluate_accuracy_median",
     "seconds_nodes", "seconds_train", "seconds_central", "seconds_query", "seconds_evaluate", "seconds_total",
 )  # fmt: skip
 
 log = getLogger("flwr")
 
 
-# ------------------------------------------------------------------------------ Schedules
+def log_environment() -> None:
+    """Log versions and environment, which show when the SuperLink of another project has the run."""
+    log.info("flwr %s, torch %s, app %s, in %s", version("flwr"), torch.__version__, __version__, sys.prefix)
 
 
 def learning_rate(config: RunConfig, server_round: int) -> float:
-    """Return the learning rate of a round (from 1): a step decay, a pure function of the round.
+    """Return the learning rate of a round (from 1): a step decay.
 
-    So a resumed run needs no scheduler whose state would have to be saved.
+    It is a pure function of the round, so a resumed run needs no scheduler.
     """
-    if config.lr_decay_every == 0:
-        return config.learning_rate
-    return config.learning_rate * config.lr_decay_factor ** ((server_round - 1) // config.lr_decay_every)
+    decays = (server_round - 1) // config.lr_decay_every if config.lr_decay_every else 0
+    return config.learning_rate * config.lr_decay_factor**decays
 
 
 class Stopwatch:
@@ -92,21 +89,18 @@ class Stopwatch:
 
     def summary(self, row: Row, rounds_left: int) -> str:
         """Return how long the round took, and how long the rest takes at the median pace so far."""
-        names = {"nodes": "waiting for nodes", "train": "TRAIN", "query": "QUERY", "evaluate": "EVALUATE"}
-        seconds = {name: row[f"seconds_{key}"] for key, name in names.items()}
+        names = ("nodes", "train", "central", "query", "evaluate")
+        seconds = {name: row[f"seconds_{name}"] for name in names}
         phases = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items() if value is not None)
         left = timedelta(seconds=round(float(np.median(self._rounds)) * rounds_left))
         return f"Round took {row['seconds_total']:.1f} s ({phases}); about {left} left"
-
-
-# ---------------------------------------------------------------------- State and results
 
 
 @dataclass
 class ServerState:
     """All that survives a round. A checkpoint holds this and nothing else."""
 
-    model: StateDict  # the global model, on the CPU
+    model: dict[str, Tensor]  # the global model, on the CPU
     server_round: int = -1  # the last complete round; 0: the initial model is evaluated
     best_round: int | None = None
     best_accuracy: float | None = None
@@ -116,10 +110,9 @@ class ServerState:
 
     def note_best(self, row: Row) -> bool:
         """Note the round if it has the best central accuracy so far; return whether it has."""
-        accuracy = row["centralized_accuracy"]
-        if self.best_accuracy is not None and accuracy <= self.best_accuracy:
+        if self.best_accuracy is not None and row["centralized_accuracy"] <= self.best_accuracy:
             return False
-        self.best_round, self.best_accuracy = row["round"], accuracy
+        self.best_round, self.best_accuracy = row["round"], row["centralized_accuracy"]
         return True
 
 
@@ -132,10 +125,8 @@ def weighted_mean_std(values: Sequence[float], weights: Sequence[int]) -> tuple[
     """Return mean and (population) standard deviation, weighted; None where there is no value."""
     if not values:
         return None, None
-    total = sum(weights)
-    mean = math.fsum(w * v for v, w in zip(values, weights, strict=True)) / total
-    variance = math.fsum(w * (v - mean) ** 2 for v, w in zip(values, weights, strict=True)) / total
-    return mean, math.sqrt(variance)
+    mean = np.average(values, weights=weights)
+    return float(mean), float(np.average((np.array(values) - mean) ** 2, weights=weights) ** 0.5)
 
 
 # ---------------------------------------------------------------------------------- Files
@@ -195,27 +186,30 @@ def load_model(name: str, net: nn.Module) -> None:
 
 
 @contextmanager
-def open_run(config: RunConfig, run_id: int, net: nn.Module, test_split: Any) -> Iterator[Recorder]:  # noqa: ANN401
+def open_run(
+    config: RunConfig, run_id: int, net: nn.Module, images: Tensor, labels: Tensor, class_names: Sequence[str]
+) -> Iterator[Recorder]:
     """Begin a new run in a new directory, or continue the one that `resume-from` names.
 
-    Raises UserError when the directory is not writable, belongs to a run that is still going on, or
-    holds a run with other settings.
+    Images, labels and names are those of the test split. Raises UserError when the directory cannot
+    be written, belongs to a run that is still going on, or holds one with other settings.
     """
     model = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    identity = identity_of(config, model, test_split.images, test_split.labels)
+    # What the result depends on: a run is resumed only with the same configuration, model and data.
+    identity = config.to_dict(with_operational=False)
+    identity |= {f"model: {name}": f"{tensor.dtype} {tuple(tensor.shape)}" for name, tensor in model.items()}
+    identity["test data"] = hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()[:16]
+
     directory = Path(config.resume_from).expanduser().absolute() if config.resume_from else make_directory(config)
     with locked(directory, run_id):
         state = load_state(directory, identity) if config.resume_from else ServerState(model)
         text = f"📂 Resuming after round {state.server_round}: %s" if config.resume_from else "📂 Run directory: %s"
         log.info(text, directory)
-        packages = {name: version(name) for name in ("flwr", "flwr-datasets", "torch", "numpy")}
-        facts = {
-            "class-names": list(test_split.class_names),
-            "image-shape": list(test_split.images.shape[1:]),
-            "versions": packages | {"app": __version__, "python": platform.python_version()},
-        }
-        replace_json(directory / "run_config.json", config.to_dict() | facts)
-        recorder = Recorder(directory, config, state, identity, list(test_split.class_names))
+        versions = {name: version(name) for name in ("flwr", "flwr-datasets", "torch", "numpy")}
+        versions |= {"app": __version__, "python": platform.python_version()}
+        data = {"class-names": list(class_names), "image-shape": list(images.shape[1:])}
+        replace_json(directory / "run_config.json", config.to_dict() | data | {"versions": versions})
+        recorder = Recorder(directory, config, state, identity, class_names)
         try:
             recorder.start()
             yield recorder
@@ -227,18 +221,17 @@ def open_run(config: RunConfig, run_id: int, net: nn.Module, test_split: Any) ->
 def make_directory(config: RunConfig) -> Path:
     """Make `<output-dir>/<date>/<time>`, never an existing one. Raises UserError."""
     base = Path(config.output_dir).expanduser().absolute() / f"{datetime.now():%Y-%m-%d/%H-%M-%S}"
-    for attempt in count(1):
+    for attempt in count(1):  # another run may have begun in the same second
         path = base if attempt == 1 else base.with_name(f"{base.name}-{attempt}")
         try:
-            if not path.exists():  # another run may have begun in the same second
-                (path / "checkpoints").mkdir(parents=True)
-                break
-        except FileExistsError:
-            continue
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.mkdir()
+            (path / "checkpoints").mkdir()
+            break
         except OSError as error:
-            raise UserError(
-                f"output-dir: cannot make {path}: {error.strerror}; allowed: a folder that can be written to"
-            ) from error
+            if not path.exists():
+                reason = f"{error.strerror}; allowed: a folder that can be written to"
+                raise UserError(f"output-dir: cannot make {path}: {reason}") from error
     return path
 
 
@@ -247,7 +240,6 @@ def locked(directory: Path, run_id: int) -> Iterator[None]:
     """Keep the directory for this run. Raises UserError when another run has it.
 
     The operating system releases the lock when the process ends, however it ends.
-    https://py-filelock.readthedocs.io
     """
     if not directory.is_dir():
         raise UserError(f"resume-from: there is no directory {directory}; allowed: the directory of a run")
@@ -258,21 +250,13 @@ def locked(directory: Path, run_id: int) -> Iterator[None]:
         other = holder.read_text() if holder.exists() else "another run"
         raise UserError(f"resume-from: {directory} is in use by {other}") from error
     except (NotImplementedError, OSError) as error:
-        log.warning("This file system has no locks (%s): take care that no other run uses %s.", error, directory)
+        log.warning("This file system has no locks (%s): make sure that no other run uses %s.", error, directory)
     try:
         stop = f"run {run_id} (process {os.getpid()} on {socket.gethostname()}). To stop it: flwr stop {run_id}"
         replace_file(holder, lambda file: file.write(stop.encode()))
         yield
     finally:
         lock.release()
-
-
-def identity_of(config: RunConfig, model: StateDict, test_images: Tensor, test_labels: Tensor) -> dict[str, Any]:
-    """Return what a run's result depends on: configuration, model and data, as flat text."""
-    digest = hashlib.sha256(test_images.numpy().tobytes())
-    digest.update(test_labels.numpy().tobytes())
-    shapes = {f"model: {name}": f"{tensor.dtype} {tuple(tensor.shape)}" for name, tensor in model.items()}
-    return config.to_dict(with_operational=False) | shapes | {"test data": digest.hexdigest()[:16]}
 
 
 def load_state(directory: Path, identity: Mapping[str, Any]) -> ServerState:
@@ -284,15 +268,13 @@ def load_state(directory: Path, identity: Mapping[str, Any]) -> ServerState:
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} is not a checkpoint of this app: {error!r}") from error
     differences = [
-        f"  - {key}: {theirs.get(key, 'nothing')!r} then, {identity.get(key, 'nothing')!r} now"
+        f"\n  - {key}: {theirs.get(key, 'nothing')!r} then, {identity.get(key, 'nothing')!r} now"
         for key in dict.fromkeys((*theirs, *identity))
         if theirs.get(key) != identity.get(key)
     ]
     if differences:
-        raise UserError(
-            f"resume-from: the settings of the run in {directory} differ. Give it the same ones again:\n"
-            + "\n".join(differences)
-        )
+        hint = f"the settings of the run in {directory} differ. Give it the same ones again:"
+        raise UserError(f"resume-from: {hint}{''.join(differences)}")
     return state
 
 
@@ -333,11 +315,11 @@ class Recorder:
         with self.going_on_without_wandb():
             if self.wandb_run is not None:
                 log_to_wandb(self.wandb_run, row, accuracies, self.class_names)
-        if time.monotonic() - self._drawn_at > PLOT_EVERY:  # it takes 0.3 s
+        if time.monotonic() - self._drawn_at > PLOT_EVERY:  # drawing takes 0.3 s
             self.draw()
 
     def write_results(self) -> None:
-        """Write results.json, then the best model if this round has it: it never is of a round not in there."""
+        """Write results.json, and then the best model, which so is always of a round in results.json."""
         replace_json(self.directory / "results.json", self.state.results)
         if self.state.best_round == self.state.server_round:
             best = self.directory / "checkpoints" / "best.pt"
@@ -378,11 +360,6 @@ class Recorder:
             self.wandb_run = None
 
 
-def log_environment() -> None:
-    """Log the versions and the Python environment, which show when another project's SuperLink has the run."""
-    log.info("flwr %s, torch %s, app %s, in %s", version("flwr"), torch.__version__, __version__, sys.prefix)
-
-
 def plot_results(results: Sequence[Row], class_names: Sequence[str]) -> Figure:
     """Draw accuracy and loss over the rounds, central and federated, and the accuracy of each class."""
     from matplotlib.figure import Figure  # no pyplot: nothing global, no display
@@ -401,22 +378,18 @@ def plot_results(results: Sequence[Row], class_names: Sequence[str]) -> Figure:
         _, std = curve(f"federated_evaluate_{name}_std")
         axes.plot(rounds, mean, color="#D55E00", linestyle="--", marker="s", label="federated mean (opted-in nodes)")
         axes.fill_between(rounds, mean - std, mean + std, color="#D55E00", alpha=0.2, label="± 1 std over nodes")
-        axes.set(xlabel="round", ylabel=name, title=name.capitalize())
-    middle.set_ylabel("loss (cross-entropy)")
-    for key, text, style in (
-        ("median", "median node", "-."),
-        ("p10", "10th percentile", ":"),
-        ("min", "worst node", "x"),
-    ):
+        axes.set(xlabel="round", ylabel=name if name == "accuracy" else "loss (cross-entropy)", title=name.capitalize())
+    tail = {"median": ("median node", "-."), "p10": ("10th percentile", ":"), "min": ("worst node", "x")}
+    for key, (text, style) in tail.items():
         left.plot(*curve(f"federated_evaluate_accuracy_{key}"), style, color="black", label=text)
     for axes in (left, middle):
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
 
-    rounds, accuracies = curve("centralized_accuracy_per_class")
+    rounds, table = curve("centralized_accuracy_per_class")
     if rounds:
         extent = (rounds[0] - 0.5, rounds[-1] + 0.5, len(class_names) - 0.5, -0.5)
-        image = right.imshow(accuracies.T, extent=extent, aspect="auto", vmin=0, vmax=1, interpolation="nearest")
+        image = right.imshow(table.T, extent=extent, aspect="auto", vmin=0, vmax=1, interpolation="nearest")
         figure.colorbar(image, ax=right, label="accuracy")
         if len(class_names) <= 30:
             right.set_yticks(range(len(class_names)), class_names)
@@ -436,35 +409,25 @@ def start_wandb(config: RunConfig, directory: Path, state: ServerState) -> wandb
     """
     import wandb
 
-    options: dict[str, Any] = {
-        "project": config.wandb_project,
-        "dir": directory,
-        "config": config.to_dict(),
-        "id": state.wandb_id or None,
-        "resume": "allow",
-        "tags": ["flower", "low-level-api", config.partitioner],
-        # Flower reads this process's output, so W&B must leave it alone.
-        "settings": wandb.Settings(init_timeout=20, console="off", silent=True),
-    }
+    # Flower reads this process's output, so W&B must leave it alone.
+    settings = wandb.Settings(init_timeout=20, console="off", silent=True)
+    tags = ["flower", "low-level-api", config.partitioner]
+    options: dict[str, Any] = {"project": config.wandb_project, "dir": directory, "config": config.to_dict()}
+    options |= {"id": state.wandb_id or None, "resume": "allow", "tags": tags, "settings": settings}
     try:
         run = wandb.init(**options)
     except Exception as error:  # no account, no network, no W&B process, ...: classes of many libraries
         log.info("📈 W&B cannot go online: %s", first_line(error))
         run = wandb.init(**options, mode="offline")
     run.define_metric("*", step_metric="round")
-    for name in ("centralized", "federated_evaluate"):  # so that the table of runs shows the best
-        run.define_metric(f"{name}_accuracy", step_metric="round", summary="max")
-        run.define_metric(f"{name}_loss", step_metric="round", summary="min")
-    if run.offline:
-        log.info("📈 W&B is offline. To upload this run later: wandb sync %s", Path(run.dir).parent)
-    else:
-        log.info("📈 W&B: %s", run.url)
+    sync = f"offline. To upload this run later: wandb sync {Path(run.dir).parent}"
+    log.info("📈 W&B is %s", sync if run.offline else f"online: {run.url}")
     state.wandb_id = run.id
     return run
 
 
 def log_to_wandb(run: wandb.Run, row: Row, accuracies: Sequence[float], class_names: Sequence[str]) -> None:
-    """Log one round as one step, with the nodes' accuracies as a histogram. W&B skips steps that it has."""
+    """Log one round as one step, unless W&B has it, with the nodes' accuracies as a histogram."""
     import wandb
 
     if row["round"] < run.step:
@@ -485,8 +448,7 @@ def finish_wandb(run: wandb.Run, directory: Path, state: ServerState, exit_code:
     if plot.exists():
         run.log({"metrics": wandb.Image(str(plot))})
     if best.exists():
-        metadata = {"centralized_accuracy": state.best_accuracy, "best_round": state.best_round}
-        artifact = wandb.Artifact(f"best-model-{run.id}", type="model", metadata=metadata)
+        artifact = wandb.Artifact(f"best-model-{run.id}", type="model", metadata={"best_round": state.best_round})
         artifact.add_file(str(best))
         run.log_artifact(artifact)
     run.summary["best_centralized_accuracy"] = state.best_accuracy

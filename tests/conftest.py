@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from pytorch_example_low_level import client_app, server_app, task, utils
-from tests.grid import InProcessGrid, make_context, run_config
+from tests.grid import PROJECT, InProcessGrid, make_context, run_config
 
 torch.set_num_threads(1)
 
@@ -33,7 +33,7 @@ def tiny_dataset(tmp_path_factory) -> str:
     import datasets
 
     folder = tmp_path_factory.mktemp("tiny")
-    bundled = datasets.load_dataset(task._locate(task.BUNDLED))
+    bundled = datasets.load_dataset(str(PROJECT / "fashion_mnist_sample"))
     for split, count in (("train", 120), ("test", 40)):
         bundled[split].shuffle(seed=0).select(range(count)).to_parquet(folder / "data" / f"{split}.parquet")
     return str(folder)
