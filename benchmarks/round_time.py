@@ -75,7 +75,7 @@ TARGETS = {
 NOOP_APP = """
 import random
 import time
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 import numpy as np
@@ -97,8 +97,7 @@ def evaluate(msg, context):
 def query(msg, context):
     return Message(RecordDict({"config": ConfigRecord({"opt-in": True})}), reply_to=msg)
 
-def connected_nodes(grid):
-    last = None
+def connected_nodes(grid, last):
     while True:
         nodes = sorted(grid.get_nodes(), key=lambda node: node.registered_at)
         if len(nodes) >= 2 and len(nodes) == last:
@@ -120,9 +119,11 @@ def send_and_look(grid, messages):
 def main(grid, context):
     cfg = context.run_config
     # As many arrays as the app's model has, and as many numbers.
-    arrays = ArrayRecord({f"{i}": _array(cfg["parameters"] // 8) for i in range(8)})
-    def exchange(kind, nodes):
+    values = np.zeros(cfg["parameters"] // 8, dtype=np.float32)
+    arrays = ArrayRecord({f"{i}": Array(values) for i in range(8)})
+    def exchange(kind, count):
         started = time.monotonic()
+        nodes = [connected[i] for i in sorted(draw(range(len(connected)), count))]
         content = {} if kind == MessageType.QUERY else {"arrays": arrays}
         content = RecordDict(content | {"config": ConfigRecord({"server-round": 1, "lr": 0.1})})
         messages = [Message(content, node, kind) for node in nodes]
@@ -132,18 +133,15 @@ def main(grid, context):
             received = send_and_look(grid, messages)
         assert received == len(nodes)
         print(f"NOOP {kind} {len(nodes)} {time.monotonic() - started:.6f}", flush=True)
+    connected = []
     for server_round in range(1, cfg["rounds"] + 1):
-        nodes = connected_nodes(grid)
+        connected = connected_nodes(grid, last=len(connected))
         draw = random.Random(server_round).sample
         started = time.monotonic()
-        exchange(MessageType.TRAIN, sorted(draw(nodes, cfg["trained"]), key=nodes.index))
-        exchange(MessageType.QUERY, sorted(draw(nodes, cfg["asked"]), key=nodes.index))
-        exchange(MessageType.EVALUATE, sorted(draw(nodes, cfg["evaluated"]), key=nodes.index))
-        print(f"NOOP round {len(nodes)} {time.monotonic() - started:.6f}", flush=True)
-
-def _array(count):
-    from flwr.app import Array
-    return Array(np.zeros(count, dtype=np.float32))
+        exchange(MessageType.TRAIN, cfg["trained"])
+        exchange(MessageType.QUERY, cfg["asked"])
+        exchange(MessageType.EVALUATE, cfg["evaluated"])
+        print(f"NOOP round {len(connected)} {time.monotonic() - started:.6f}", flush=True)
 """
 
 NOOP_PROJECT = """
