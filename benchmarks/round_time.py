@@ -269,8 +269,6 @@ def floor_worker(mine: Any, shared: Any, done: Any, setting: Setting) -> None:
                     optimizer.zero_grad()
                     logits = net(task.normalise(images[rows])) + adjustment
                     F.cross_entropy(logits, labels[rows]).backward()  # type: ignore[no-untyped-call]
-                    if config.max_grad_norm:
-                        nn.utils.clip_grad_norm_(net.parameters(), config.max_grad_norm)
                     optimizer.step()
             else:
                 with torch.inference_mode():
