@@ -1,7 +1,7 @@
-"""A local SuperLink of one's own: real simulations that touch nothing of the user's.
+"""A private local SuperLink: real simulations that do not touch the user's Flower configuration.
 
-`flwr run` starts a SuperLink by itself, on fixed ports and with the user's Flower home, and
-leaves it running. Measurements and tests want one that is theirs alone, and that ends.
+`flwr run` starts a SuperLink on fixed ports, with the user's Flower home, and leaves it running.
+Benchmarks and tests need a SuperLink of their own that stops when they end.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 
-from deploy.cli import PROJECT, FlowerCli, free_port, start, stop
+from deploy.cli import PROJECT, FlowerCli, free_port, signals_held, start, stop
 
 
 class LocalSuperLink:
@@ -32,24 +32,29 @@ class LocalSuperLink:
         """Start the SuperLink and wait until it answers."""
         home, log = self.flwr.home, self.flwr.home / "superlink.log"
         command = ["flower-superlink", "--insecure", "--simulation", "--host", "127.0.0.1", "--port", self.port]
-        self.process = start(command, home, self.flwr.env, log)
+        with signals_held():
+            self.process = start(command, home, self.flwr.env, log)
         deadline = time.monotonic() + 60
-        while True:
-            url = f"http://127.0.0.1:{self.port}/health"
-            with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=1):
-                return self
-            if self.process.poll() is not None or time.monotonic() > deadline:
-                stop(self.process)
-                raise RuntimeError(f"the SuperLink did not start:\n{log.read_text()}")
-            time.sleep(0.1)
+        try:
+            while True:
+                url = f"http://127.0.0.1:{self.port}/health"
+                with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=1):
+                    return self
+                if self.process.poll() is not None or time.monotonic() > deadline:
+                    raise RuntimeError(f"the SuperLink did not start:\n{log.read_text()}")
+                time.sleep(0.1)
+        except BaseException:
+            self.__exit__()
+            raise
 
     def __exit__(self, *args: object) -> None:
-        """End the SuperLink and all that it started."""
-        stop(self.process)
+        """Stop the SuperLink and everything it started."""
+        with signals_held():
+            stop(self.process)
 
 
 def copy_app(folder: Path) -> Path:
-    """Copy the app, to change something in it for a measurement."""
+    """Copy the app to a folder where a benchmark can change it."""
     left_out = shutil.ignore_patterns(
         ".git", "fashion_mnist_sample", "outputs", ".venv", "*_cache", "federation", "partitions"
     )
@@ -58,7 +63,7 @@ def copy_app(folder: Path) -> Path:
 
 
 def report(figures: Mapping[str, float], out: Path | None) -> None:
-    """Print figures as a table in Markdown; write them as JSON where that is wanted."""
+    """Print figures as a Markdown table, and write them to a JSON file if `out` is given."""
     print("| figure | |\n| --- | --- |")
     for key, value in figures.items():
         print(f"| {key} | {value:.2f} |")

@@ -1,1 +1,1 @@
-"""Running the app on the Deployment Engine."""
+"""Tools to run the app on Flower's Deployment Engine."""

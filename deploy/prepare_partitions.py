@@ -1,62 +1,83 @@
-"""Write each node's data as a folder, for `flower-supernode --node-config 'data-path="..."'`.
+"""Write the data of each node to a folder, for `flower-supernode --node-config 'data-path="..."'`.
 
     python -m deploy.prepare_partitions --nodes 3 --out partitions
 
-writes `partitions/node-0`, `partitions/node-1`, ... from any data set and partitioner that the
-app knows, and `partitions/labels.png`, which shows how the labels are spread. Send each folder
-to its node, and to nobody else.
+writes `partitions/node-0`, `partitions/node-1`, ... from any data set and with any partitioner that
+the app supports. `partitions/labels.png` shows the number of images of each class on each node.
+`partitions/partitions.json` records the data set and the settings: `deploy.local_federation --data`
+reads it. Send each folder to its own node only.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import shutil
 from pathlib import Path
 
+from deploy.cli import PARTITIONS
 from pytorch_example_low_level.config import UserError
-from pytorch_example_low_level.task import BUNDLED, federated_dataset
+from pytorch_example_low_level.task import BUNDLED, partitions
 
 
 def main() -> None:
-    """Parse the command line, write the partitions and the picture."""
+    """Parse the command line and write the partitions, the record and the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nodes", type=int, required=True, help="number of partitions")
-    parser.add_argument("--out", type=Path, required=True, help="folder to make; must not exist yet")
+    parser.add_argument("--out", type=Path, required=True, help="new folder for the partitions")
     parser.add_argument("--dataset", default=BUNDLED, help="as in the run configuration (default: %(default)s)")
     parser.add_argument("--partitioner", choices=("dirichlet", "iid"), default="dirichlet")
-    parser.add_argument("--alpha", type=float, default=1.0, help="of the Dirichlet distribution (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=42, help="(default: %(default)s)")
+    parser.add_argument(
+        "--alpha", type=float, default=1.0, help="parameter of the Dirichlet distribution (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=42, help="seed of the partitioning (default: %(default)s)")
     args = parser.parse_args()
+    if args.nodes < 1:
+        parser.error("--nodes must be at least 1")
     try:
         args.out.mkdir(parents=True)
-        write_partitions(args.out, args.nodes, args.dataset, args.partitioner, args.alpha, args.seed)
     except FileExistsError:
-        parser.error(f"--out: {args.out} exists; name a new folder")
-    except (UserError, ValueError) as error:
-        args.out.rmdir()
-        parser.error(str(error))
+        parser.error(f"--out: {args.out} exists; choose a new folder")
+    try:
+        write_partitions(args.out, args.nodes, args.dataset, args.partitioner, args.alpha, args.seed)
+    except BaseException as error:
+        shutil.rmtree(args.out)  # leave no incomplete partitions
+        if isinstance(error, UserError | ValueError):
+            parser.error(str(error))
+        raise
 
 
 def write_partitions(out: Path, nodes: int, dataset: str, partitioner: str, alpha: float, seed: int) -> None:
-    """Save the partitions that a simulation of so many nodes would use, and plot their labels."""
-    fds = federated_dataset(dataset, partitioner, nodes, alpha, seed)
-    partitions = [fds.load_partition(index) for index in range(nodes)]  # all or none
-    for index, partition in enumerate(partitions):
+    """Save the partitions that a simulation with this many nodes would use, a record and a plot of their labels."""
+    partitioning = partitions(dataset, partitioner, nodes, alpha, seed, decoded=False)
+    folders = [partitioning.load_partition(index) for index in range(nodes)]  # before any is written: one may fail
+    for index, partition in enumerate(folders):
         partition.with_format(None).save_to_disk(out / f"node-{index}")
         print(f"{index + 1}/{nodes}: {len(partition)} images", flush=True)
     plot_labels(out / "labels.png", dataset, partitioner, nodes, alpha, seed)
+    # The names are those of the run configuration. A folder is recorded with its absolute path,
+    # because the ServerApp runs in another directory.
+    folder = Path(dataset).expanduser()
+    record = {
+        "dataset": str(folder.resolve()) if dataset != BUNDLED and folder.is_dir() else dataset,
+        "partitioner": partitioner,
+        "dirichlet-alpha": alpha,
+        "seed": seed,
+        "num-partitions": nodes,
+    }
+    (out / PARTITIONS).write_text(json.dumps(record, indent=2) + "\n")
 
 
 def plot_labels(path: Path, dataset: str, partitioner: str, nodes: int, alpha: float, seed: int) -> None:
-    """Draw how many images of each class each node has, with flwr-datasets' own plot."""
+    """Plot the number of images of each class on each node, with flwr-datasets' plot function."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from flwr_datasets.visualization import plot_label_distributions
 
-    fds = federated_dataset(dataset, partitioner, nodes, alpha, seed)
     how = f"Dirichlet, α = {alpha:g}" if partitioner == "dirichlet" else "IID"
     figure, axes, _ = plot_label_distributions(
-        partitioner=fds.partitioners["train"],
+        partitioner=partitions(dataset, partitioner, nodes, alpha, seed, decoded=False),
         label_name="label",
         size_unit="absolute",
         partition_id_axis="x",

@@ -89,8 +89,8 @@ class Stopwatch:
 
     def summary(self, row: Row, rounds_left: int) -> str:
         """Return how long the round took, and how long the rest takes at the median pace so far."""
-        names = {"nodes": "waiting for nodes", "train": "TRAIN", "query": "QUERY", "evaluate": "EVALUATE"}
-        seconds = {name: row[f"seconds_{key}"] for key, name in names.items()}
+        names = ("nodes", "train", "central", "query", "evaluate")
+        seconds = {name: row[f"seconds_{name}"] for name in names}
         phases = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items() if value is not None)
         left = timedelta(seconds=round(float(np.median(self._rounds)) * rounds_left))
         return f"Round took {row['seconds_total']:.1f} s ({phases}); about {left} left"
@@ -446,7 +446,7 @@ def finish_wandb(run: wandb.Run, directory: Path, state: ServerState, exit_code:
 
     plot, best = directory / "metrics.png", directory / "checkpoints" / "best.pt"
     if plot.exists():
-        run.log({"metrics": wandb.Image(str(plot))})
+        run.summary["metrics"] = wandb.Image(str(plot))  # `log` would take the step of the next round
     if best.exists():
         artifact = wandb.Artifact(f"best-model-{run.id}", type="model", metadata={"best_round": state.best_round})
         artifact.add_file(str(best))

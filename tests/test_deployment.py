@@ -1,18 +1,32 @@
-"""The very same app on the Deployment Engine: real processes on loopback, TLS, authentication."""
+"""The app on the Deployment Engine: real processes on the loopback interface, TLS, authentication."""
 
+import json
 import os
 import re
+import shlex
+import shutil
 import signal
 import stat
 import subprocess
 import sys
+import time
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from benchmarks.simulation import LocalSuperLink
-from deploy.cli import PROJECT, family, free_port, start, stop
-from deploy.local_federation import HOST, Federation, make_certificates, make_node_key
+from deploy import prepare_partitions
+from deploy.cli import PROJECT, STOP_SIGNALS, family, free_port, running, start, stop
+from deploy.local_federation import (
+    HOST,
+    Federation,
+    FederationError,
+    dataset_of,
+    make_certificates,
+    make_node_key,
+    run_command,
+)
 from deploy.prepare_partitions import write_partitions
 from tests.conftest import model, results, same_bits, wait_for
 
@@ -196,7 +210,179 @@ def test_partitions_are_written_for_each_node_with_a_picture_and_never_over_othe
     command += ["--out", str(tmp_path / "parts")]
     first = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
     assert first.returncode == 0, first.stderr
-    assert {p.name for p in (tmp_path / "parts").iterdir()} == {"node-0", "node-1", "node-2", "labels.png"}
+    made = {p.name for p in (tmp_path / "parts").iterdir()}
+    assert made == {"node-0", "node-1", "node-2", "labels.png", "partitions.json"}
+    assert json.loads((tmp_path / "parts" / "partitions.json").read_text()) == {
+        "dataset": tiny_dataset, "partitioner": "dirichlet", "dirichlet-alpha": 1.0, "seed": 42, "num-partitions": 3,
+    }  # fmt: skip
     second = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
     assert second.returncode == 2
     assert "exists" in second.stderr
+
+
+@pytest.mark.parametrize("typed", ["fashion-mnist-sample", "./tiny", "an/unknown-name"])
+def test_the_record_names_a_data_set_so_that_the_server_finds_it(typed, tiny_dataset, tmp_path, monkeypatch):
+    (tmp_path / "tiny").symlink_to(tiny_dataset)
+    monkeypatch.chdir(tmp_path)
+    fds = prepare_partitions.federated_dataset(tiny_dataset, "iid", 2, 1.0, 42)
+    monkeypatch.setattr(prepare_partitions, "federated_dataset", lambda *args: fds)
+    write_partitions(tmp_path / "parts", 2, typed, "iid", 1.0, 42)
+    assert dataset_of(tmp_path / "parts") == (tiny_dataset if typed == "./tiny" else typed)
+
+
+def test_a_failed_preparation_leaves_nothing_and_can_be_repeated(tmp_path, monkeypatch, capsys):
+    def full(*args: object) -> None:
+        (tmp_path / "parts" / "node-0").mkdir()
+        raise ValueError("too few images")
+
+    monkeypatch.setattr(prepare_partitions, "write_partitions", full)
+    monkeypatch.setattr(sys, "argv", ["prepare_partitions", "--nodes", "2", "--out", str(tmp_path / "parts")])
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            prepare_partitions.main()
+        assert "error: too few images" in capsys.readouterr().err
+    assert not (tmp_path / "parts").exists()
+
+
+def test_a_broken_record_is_an_error_and_a_missing_one_is_none(tmp_path):
+    assert dataset_of(tmp_path) is None
+    for content in ("{", "[]", "{}"):
+        (tmp_path / "partitions.json").write_text(content)
+        with pytest.raises(FederationError, match=r"partitions\.json has no valid record; create .* again"):
+            dataset_of(tmp_path)
+
+
+@pytest.mark.parametrize("dataset", [None, "fashion-mnist-sample", "/a $HOME/with `date` and \\t", "/it's $HOME/\\t"])
+def test_the_printed_command_gives_flower_the_data_set(dataset, tmp_path):
+    command = run_command(tmp_path / "a folder", dataset)
+    assert re.search(r'--run-config "query-timeout=30\.0.*"$', command)  # one string: a key can be added
+    script = f'flwr() {{ printf "%s\\n" "$FLWR_HOME" "$@"; }}\n{command}'
+    printed = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert printed[:4] == [str(tmp_path / "a folder"), "run", str(PROJECT), "--stream"]
+    config = tomllib.loads("\n".join(re.findall(r"""\S+?=(?:'[^']*'|"[^"]*"|\S+)""", printed[-1])))
+    assert config == {"query-timeout": 30.0} | ({} if dataset is None else {"dataset": dataset})
+
+
+def test_more_nodes_than_folders_are_refused_before_anything_starts(tmp_path):
+    for index in (0, 2):
+        (tmp_path / "data" / f"node-{index}").mkdir(parents=True)
+    with pytest.raises(FederationError, match="data has no folder node-1, but each of the 3 nodes needs its own"):
+        Federation(tmp_path / "state", 3, tmp_path / "data")
+    assert not (tmp_path / "state").exists()
+
+
+def local_federation(state: Path, *options: str) -> subprocess.Popen[str]:
+    """Start the command in a state in which no signal is ignored, as under `nohup`, or in the background."""
+    command = [sys.executable, "-m", "deploy.local_federation", "--nodes", "1", "--state", str(state), *options]
+    return subprocess.Popen(
+        command,
+        cwd=PROJECT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: [signal.signal(each, signal.SIG_DFL) for each in STOP_SIGNALS],  # noqa: PLW1509 (it takes no lock)
+    )
+
+
+def read_until(process: subprocess.Popen[str], text: str) -> str:
+    read = ""
+    for line in process.stdout:
+        read += line
+        if text in line:
+            return read
+    raise AssertionError(read)
+
+
+def using(state: Path) -> list[str]:
+    """The command lines of the processes that use a folder."""
+    return [args for _, args in running().values() if str(state) in args]
+
+
+@pytest.fixture(scope="module")
+def state(tmp_path_factory) -> Path:
+    """A folder that one federation after the other uses."""
+    return tmp_path_factory.mktemp("signals") / "state"
+
+
+@pytest.mark.parametrize(
+    ("name", "moment"),
+    [
+        ("SIGINT", "starting"),
+        ("SIGTERM", "starting"),
+        ("SIGHUP", "online"),
+        ("SIGTERM", "online"),
+        ("SIGINT", "online"),
+    ],
+)
+def test_every_stop_signal_stops_everything_even_during_the_start(state, name, moment):
+    process = local_federation(state)
+    try:
+        if moment == "online":
+            read_until(process, "Ctrl-C stops the federation")
+        else:
+            wait_for(lambda: any("flower-superlink" in args for args in family(process.pid).values()))
+        started = family(process.pid)
+        assert started
+        for _ in range(2):  # an impatient user
+            process.send_signal(signal.Signals[name])
+            time.sleep(0.1)
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 0, output
+        assert "Stopping ..." in output
+        assert "Traceback" not in output
+        assert not using(state)
+        assert not started.keys() & running().keys()
+    finally:
+        stop(process)
+
+
+def test_a_second_federation_is_refused_while_any_process_of_the_first_lives(state):
+    first = local_federation(state)
+    started: set[int] = set()
+    try:
+        read_until(first, "Ctrl-C stops the federation")
+        started = set(family(first.pid))
+        second = local_federation(state)
+        output, _ = second.communicate(timeout=60)
+        assert second.returncode == 1
+        assert output == (
+            f"error: another local federation uses {state}; stop it with `kill {first.pid}`, "
+            "or choose another folder with --state\n"
+        )
+        first.kill()
+        first.wait()
+        third = local_federation(state)
+        output, _ = third.communicate(timeout=60)
+        assert third.returncode == 1
+        (kill,) = re.findall(r"`(kill [\d ]+)`", output)
+        subprocess.run(shlex.split(kill), check=True)
+        wait_for(lambda: not using(state))
+        fourth = local_federation(state)
+        read_until(fourth, "Ctrl-C stops the federation")
+        fourth.terminate()
+        fourth.communicate(timeout=60)
+        assert fourth.returncode == 0
+        assert not using(state)
+    finally:
+        for pid in running().keys() & started:
+            os.kill(pid, signal.SIGKILL)
+        stop(first)
+
+
+def test_git_sees_nothing_of_the_state_folder(federation):
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(federation.state), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    git("init", "--quiet")
+    try:
+        assert git("status", "--porcelain", "--untracked-files=all") == ""
+        # With `--state .`, the folder may have a `.gitignore` already, which is kept.
+        (federation.state / ".gitignore").write_text("")
+        seen = git("status", "--porcelain", "--untracked-files=all")
+        assert "?? superlink.log" in seen
+        assert "keys/" not in seen
+        assert "certificates/" not in seen
+    finally:
+        (federation.state / ".gitignore").write_text("*\n")
+        shutil.rmtree(federation.state / ".git")

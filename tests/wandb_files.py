@@ -1,0 +1,44 @@
+"""Reads W&B's own offline files, whose format has no public reader."""
+
+import json
+import struct
+from pathlib import Path
+
+
+def records_of(folder: Path) -> list:
+    """The records of an offline run: LevelDB's log format, behind a header of 7 bytes.
+
+    https://github.com/google/leveldb/blob/main/doc/log_format.md
+    """
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    (file,) = folder.glob("run-*.wandb")
+    data, position, parts, records = file.read_bytes(), 7, b"", []
+    while position + 7 <= len(data):
+        left_in_block = 32768 - position % 32768
+        if left_in_block < 7:  # too small for a header: padding
+            position += left_in_block
+            continue
+        _, length, kind = struct.unpack("<IHB", data[position : position + 7])
+        if position + 7 + length > len(data):
+            break  # not written to its end
+        parts += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            records.append(Record.FromString(parts))
+            parts = b""
+    return records
+
+
+def history_of(folder: Path) -> list[dict]:
+    """What was logged at each step, as Python values."""
+    return [
+        {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
+        for record in records_of(folder)
+        if record.WhichOneof("record_type") == "history"
+    ]
+
+
+def wandb_rounds(folder: Path) -> list[int]:
+    """The rounds that were logged."""
+    return [int(values["round"]) for values in history_of(folder) if "round" in values]
