@@ -163,7 +163,7 @@ def load_partition(
 
     Raises DataError when the data set cannot be loaded, or cannot be split that often.
     """
-    with _explained(f"partition {partition_id} of {num_partitions} of dataset {dataset!r}"):
+    with _explained(f"dataset {dataset!r} for {num_partitions} nodes"):
         rows = partitions(dataset, partitioner, num_partitions, alpha, seed).load_partition(partition_id)
         return _train_and_validation(_to_split(rows), seed, partition_id)
 

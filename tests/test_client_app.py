@@ -315,7 +315,7 @@ def test_a_fault_in_the_code_says_where_it_is(settings, monkeypatch, caplog):
 def test_a_failing_node_does_not_fill_the_log(settings, caplog):
     caplog.set_level("INFO", logger="flwr")
     reply = ask(settings | {"dataset": "/no/such"}, MessageType.EVALUATE, instructions(task.Net(1, 10)))
-    assert reply.error.reason.startswith("Cannot use partition 0 of 3 of dataset '/no/such': ")
+    assert reply.error.reason.startswith("Cannot use dataset '/no/such' for 3 nodes: ")
     assert len(reply.error.reason.splitlines()) == 1
     assert caplog.records == []
 

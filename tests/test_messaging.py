@@ -26,7 +26,7 @@ from pytorch_example_low_level.messaging import (
     read_opt_in,
     to_array_record,
 )
-from tests.grid import TimedGrid, make_context
+from tests.grid import InProcessGrid, TimedGrid, echo, make_context, run_config
 
 NODES = 4
 NEVER = 1e9  # seconds
@@ -127,6 +127,22 @@ def test_a_reply_counts_if_it_came_while_the_server_was_busy():
     assert collect(mailbox, batch) == [0, 1, 3]
     assert time.monotonic() - started < 2
     assert batch.failed == 1
+
+
+@pytest.mark.parametrize(("clock", "busy", "used"), [(1e6, 0, 4), (math.nan, 0, 4), (math.nan, 0.2, 3), (-1e6, 0.2, 4)])
+def test_a_wrong_clock_matters_only_after_the_deadline(clock, busy, used):
+    grid = InProcessGrid(echo, run_config(), NODES)
+
+    def wrong(msg, context):
+        reply = echo(msg, context)
+        reply.metadata.created_at += clock
+        return reply
+
+    grid.handlers = {1: wrong}
+    mailbox = Mailbox(grid)
+    batch = send(mailbox, 0.2 if busy else 60)
+    time.sleep(busy)
+    assert len(collect(mailbox, batch)) == used
 
 
 def test_a_dead_node_first_costs_no_other_its_place():
@@ -490,6 +506,7 @@ def test_bfloat16_travels_as_float32_which_holds_it_exactly():
     assert received["n"].dtype == torch.int64
 
 
+@pytest.mark.filterwarnings("error")  # PyTorch warns of memory that must not be written to
 def test_what_is_read_shares_no_memory_with_the_reply():
     record = reply()
     read_arrays(record, SENT)["float"].zero_()
