@@ -243,7 +243,7 @@ def clean(text: str) -> str:
 
 def last_line(text: str) -> str:
     """Return the last line with text in it: of a traceback, the one that says what went wrong."""
-    lines = [line for line in text[-4 * MAX_TEXT :].splitlines() if clean(line)]
+    lines = [line for line in text[-40 * MAX_TEXT :].splitlines() if clean(line)]
     return lines[-1] if lines else "no reason given"
 
 

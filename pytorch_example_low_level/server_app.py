@@ -24,6 +24,8 @@ from pytorch_example_low_level.messaging import Batch, Mailbox, Node
 from pytorch_example_low_level.task import StateDict
 from pytorch_example_low_level.utils import Row
 
+SETTLE = 0.5  # seconds in which no node connects: then all are there
+
 log = getLogger("flwr")
 app = ServerApp()
 
@@ -124,7 +126,7 @@ def wait_for_nodes(grid: Grid, config: RunConfig, before: int | None) -> list[No
             log.info("Waiting for nodes: %s/%s, %.0f s left", len(nodes), config.min_available_nodes, left)
             log_at += 5
         last = len(nodes)  # in a simulation, nodes still register when the ServerApp is running
-        time.sleep(min(0.5, config.node_wait_timeout))
+        time.sleep(min(SETTLE, config.node_wait_timeout))
     simulated = all(node.simulated for node in nodes)
     if before not in (None, len(nodes)) and simulated:
         raise UserError(

@@ -446,7 +446,7 @@ def finish_wandb(run: wandb.Run, directory: Path, state: ServerState, exit_code:
 
     plot, best = directory / "metrics.png", directory / "checkpoints" / "best.pt"
     if plot.exists():
-        run.log({"metrics": wandb.Image(str(plot))})
+        run.summary["metrics"] = wandb.Image(str(plot))  # `log` would take the step of the next round
     if best.exists():
         artifact = wandb.Artifact(f"best-model-{run.id}", type="model", metadata={"best_round": state.best_round})
         artifact.add_file(str(best))

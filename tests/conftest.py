@@ -39,6 +39,12 @@ def tiny_dataset(tmp_path_factory) -> str:
     return str(folder)
 
 
+@pytest.fixture(autouse=True)
+def short_wait_for_nodes(monkeypatch) -> None:
+    """In one process all nodes are there from the beginning."""
+    monkeypatch.setattr(server_app, "SETTLE", 0.01)
+
+
 class App:
     """The whole app with a tiny data set: its configuration, its Grid and what a run leaves."""
 
@@ -89,7 +95,7 @@ def quick_plot(monkeypatch) -> None:
     """An empty plot: for the many tests that run the loop for something else."""
     from matplotlib.figure import Figure
 
-    monkeypatch.setattr(utils, "plot_results", lambda results: Figure(figsize=(1, 1)))
+    monkeypatch.setattr(utils, "plot_results", lambda results, class_names: Figure(figsize=(1, 1)))
 
 
 def results(directory: Path, *, times: bool = False) -> list[dict]:

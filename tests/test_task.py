@@ -1,148 +1,332 @@
 """The model, the data and the training, without Flower."""
 
+import hashlib
 import math
-import os
-import subprocess
-import sys
+import time
 
 import datasets
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
 from pytorch_example_low_level import task
-from pytorch_example_low_level.config import UserError
+from pytorch_example_low_level.config import RunConfig, UserError
+from tests.grid import PROJECT, make_context, run_config
 
 CPU = torch.device("cpu")
-TRAINING = {"epochs": 1, "batch_size": 4, "lr": 0.1, "momentum": 0.0, "augment": False, "seed": 1, "device": CPU}
+DIGITS = [str(digit) for digit in range(10)]
+BINARY = ["cat", "dog"]
+
+
+def config(**overrides) -> RunConfig:
+    """Plain SGD without momentum in batches of four, unless told otherwise."""
+    plain = {"batch_size": 4, "momentum": 0.0, "logit_adjustment": 0.0}
+    return RunConfig.from_context(make_context(run_config(**plain | overrides)))
+
+
+def train(net: nn.Module, data: task.Split, lr: float = 0.1, seed: int = 1, **overrides) -> float:
+    return task.train(net, data, config(**overrides), lr=lr, seed=seed, device=CPU)
 
 
 def split(n: int, channels: int = 1, size: int = 28, classes: int = 10) -> task.Split:
     generator = torch.Generator().manual_seed(n)
     images = torch.randint(0, 256, (n, channels, size, size), dtype=torch.uint8, generator=generator)
-    return task.Split(images, torch.randint(0, classes, (n,), generator=generator))
+    return task.Split(images, torch.randint(0, classes, (n,), generator=generator), DIGITS[:classes])
+
+
+def black(labels: list[int], names: list[str] = BINARY) -> task.Split:
+    return task.Split(torch.zeros(len(labels), 1, 28, 28, dtype=torch.uint8), torch.tensor(labels), names)
+
+
+def equal(a: nn.Module, b: nn.Module) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
 class Constant(nn.Module):
     """Logits that do not depend on the image: the softmax of (0, log 3) is (1/4, 3/4)."""
 
-    def __init__(self) -> None:
+    def __init__(self, logits: tuple[float, ...] = (0.0, math.log(3))) -> None:
         super().__init__()
-        self.logits = nn.Parameter(torch.tensor([0.0, float(np.log(3))]))
+        self.logits = nn.Parameter(torch.tensor(logits))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.logits.expand(len(x), 2)
+        return self.logits.expand(len(x), -1)
+
+
+# ---------------------------------------------------------------------------------- Model
 
 
 @pytest.mark.parametrize(("channels", "size"), [(1, 28), (3, 32), (1, 32), (3, 28)])
 def test_the_net_takes_grey_and_rgb_images_of_both_sizes(channels, size):
-    net = task.Net(channels, 7)
+    net = task.make_model(channels, 7)
     assert net(torch.zeros(2, channels, size, size)).shape == (2, 7)
 
 
-def test_the_net_has_the_number_of_parameters_that_its_docstring_says():
-    assert sum(p.numel() for p in task.Net().parameters()) == 80_202
+def test_the_net_has_as_many_parameters_as_it_says():
+    assert sum(p.numel() for p in task.Net(1, 10).parameters()) == 80_202
+    assert "80,202 parameters" in task.Net.__doc__
+
+
+def test_relu_after_pooling_is_the_usual_net():
+    net = task.initial_model(1, 10, seed=0)
+    x = torch.randn(3, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    usual = F.max_pool2d(F.relu(net.conv2(F.max_pool2d(F.relu(net.conv1(x)), 2))), 2)
+    assert torch.equal(net(x), net.fc2(F.relu(net.fc1(usual.flatten(1)))))
 
 
 def test_initial_weights_depend_on_the_seed_alone():
     torch.manual_seed(1)
     before = torch.random.get_rng_state()
-    first = task.Net.initial(1, 10, seed=5).state_dict()
+    first = task.initial_model(1, 10, seed=5)
     assert torch.equal(torch.random.get_rng_state(), before)
     torch.manual_seed(2)
-    second, other = task.Net.initial(1, 10, seed=5).state_dict(), task.Net.initial(1, 10, seed=6).state_dict()
-    assert all(torch.equal(first[k], second[k]) for k in first)
-    assert not torch.equal(first["fc1.weight"], other["fc1.weight"])
+    assert equal(first, task.initial_model(1, 10, seed=5))
+    assert not equal(first, task.initial_model(1, 10, seed=6))
 
 
-def test_a_node_learns_channels_and_classes_from_the_model():
-    net = task.Net.from_state_dict(task.Net(3, 100).state_dict())
-    assert net.in_channels == 3
-    assert net.fc2.out_features == 100
+def test_a_device_that_is_not_there_is_one_clear_error():
+    assert task.pick_device("cpu").type == "cpu"
+    assert task.pick_device().type in ("cpu", "cuda", "mps")
+    for name in ("cuda:77", "nonsense", "vulkan"):
+        with pytest.raises(UserError, match=rf"server-device: '{name}' is not usable .*; allowed: 'auto', 'cpu'"):
+            task.pick_device(name)
 
 
-def test_test_gives_the_exact_mean_over_examples_whatever_the_batches():
-    data = task.Split(torch.zeros(5, 1, 28, 28, dtype=torch.uint8), torch.tensor([1, 1, 1, 1, 0]))
-    expected = (4 * -np.log(3 / 4) - np.log(1 / 4)) / 5
+def test_auto_takes_cuda_then_mps_then_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch, "zeros", lambda shape, device: torch.ones(shape))
+    for cuda, mps, expected in [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")]:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda mps=mps: mps)
+        assert task.pick_device().type == expected
+
+
+# ------------------------------------------------------------------- Training and testing
+
+
+def test_test_gives_the_exact_mean_whatever_the_batches():
+    expected = (4 * -math.log(3 / 4) - math.log(1 / 4)) / 5
     for batch_size in (1, 2, 5, 100):  # 2: the last batch is short and must not weigh more
-        loss, accuracy = task.test(Constant(), data, CPU, batch_size)
+        loss, accuracy, _ = task.test(Constant(), black([1, 1, 1, 1, 0]), CPU, batch_size)
         assert loss == pytest.approx(expected, rel=1e-6)
         assert accuracy == 0.8
 
 
-def test_train_reports_the_mean_loss_over_examples_and_uses_the_short_last_batch():
-    data = task.Split(torch.zeros(5, 1, 28, 28, dtype=torch.uint8), torch.tensor([1, 1, 1, 1, 0]))
-    loss = task.train(Constant(), data, **TRAINING | {"lr": 0.0})
-    assert loss == pytest.approx((4 * -np.log(3 / 4) - np.log(1 / 4)) / 5, rel=1e-6)
+def test_the_accuracy_of_each_class_worked_out_by_hand():
+    """The net says class 1 where the first pixel is dark, and class 0 elsewhere."""
+
+    class Brightness(nn.Module):
+        def forward(self, x):
+            return F.one_hot((x[:, 0, 0, 0] < 0).long(), 4).float()
+
+    images = torch.full((6, 1, 28, 28), 100, dtype=torch.uint8)
+    images[:, 0, 0, 0] = torch.tensor([255, 0, 0, 0, 255, 255])
+    data = task.Split(images, torch.tensor([0, 0, 1, 1, 1, 2]), ["a", "b", "c", "d"])
+    for batch_size in (2, 500):
+        result = task.test(Brightness(), data, CPU, batch_size)
+        assert result.per_class == [1 / 2, 2 / 3, 0.0, None]  # class d has no image
+        assert result.accuracy == 1 / 2
+
+
+def test_test_and_train_on_the_same_net_go_together():
+    net = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(784, 10))
+    data = split(20)
+    for training in (True, False):
+        net.train(training)
+        first = task.test(net, data, CPU)
+        assert net.training is training  # and it was evaluated without Dropout:
+        assert first == task.test(net, data, CPU)
+        assert all(p.grad is None and p.requires_grad for p in net.parameters())
+    before = [p.clone() for p in net.parameters()]
+    train(net, data)
+    assert net.training
+    assert not any(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
+    assert task.test(net, data, CPU).loss < first.loss
+
+
+def test_train_reports_the_mean_loss_over_examples_and_epochs():
+    data = black([1, 1, 1, 1, 0])
+    expected = (4 * -math.log(3 / 4) - math.log(1 / 4)) / 5
+    for batch_size in (1, 2, 4, 100):
+        loss = train(Constant(), data, lr=0.0, local_epochs=2, batch_size=batch_size)
+        assert loss == pytest.approx(expected, rel=1e-6)
 
 
 def test_one_step_of_sgd_is_the_gradient_times_the_rate():
-    data = task.Split(torch.zeros(4, 1, 28, 28, dtype=torch.uint8), torch.tensor([1, 1, 1, 1]))
     net = Constant()
-    task.train(net, data, **TRAINING)  # d loss / d logits = softmax - one-hot = (1/4, -1/4)
-    assert net.logits.tolist() == pytest.approx([-0.025, float(np.log(3)) + 0.025], rel=1e-6)
+    train(net, black([1, 1, 1, 1]))  # d loss / d logits = softmax - one-hot = (1/4, -1/4)
+    assert net.logits.tolist() == pytest.approx([-0.025, math.log(3) + 0.025], rel=1e-6)
 
 
-@pytest.mark.parametrize("momentum", [0.9, 0.0])
-def test_steps_of_sgd_have_the_bits_of_the_optimizer_of_pytorch(momentum):
-    nets = [task.Net.initial(1, 10, seed=0).to(memory_format=torch.channels_last) for _ in range(2)]
-    ours, theirs = ([*net.parameters()] for net in nets)
-    optimizer = torch.optim.SGD(theirs, lr=0.05, momentum=momentum, fused=True)
-    momenta = [None] * len(ours)
-    for seed in range(3):
-        torch.manual_seed(seed)
-        gradients = [torch.randn_like(parameter) for parameter in ours]
-        task.step(ours, gradients, momenta, 0.05, momentum)
-        for parameter, gradient in zip(theirs, gradients, strict=True):
-            parameter.grad = gradient
+def test_momentum_keeps_the_last_step():
+    net = Constant((0.0, 0.0))
+    train(net, black([1, 1, 1, 1]), momentum=0.5, batch_size=2, lr=1.0)
+    # Step 1: the gradient is (1/2, -1/2). Step 2: softmax - one-hot of (-1/2, 1/2), plus half the first.
+    second = 1 / (1 + math.e) + 0.25
+    assert net.logits.tolist() == pytest.approx([-0.5 - second, 0.5 + second], rel=1e-6)
+
+
+def test_logit_adjustment_worked_out_by_hand():
+    """Three of class 1 and none of class 0: log(1), log(4) are added, so softmax is (1/13, 12/13)."""
+    net = Constant()
+    loss = train(net, black([1, 1, 1]), logit_adjustment=1.0)
+    assert loss == pytest.approx(-math.log(12 / 13), rel=1e-5)
+    assert net.logits.tolist() == pytest.approx([-0.1 / 13, math.log(3) + 0.1 / 13], rel=1e-6)
+    loss = train(Constant(), black([1, 1, 1]), logit_adjustment=0.5)  # the root of 4 is added
+    assert loss == pytest.approx(-math.log(6 / 7), rel=1e-5)
+
+
+def test_the_adjustment_is_not_part_of_the_evaluation():
+    net = Constant()
+    train(net, black([1, 1, 1]), lr=0.0, logit_adjustment=1.0)
+    assert task.test(net, black([1]), CPU).loss == pytest.approx(-math.log(3 / 4), rel=1e-6)
+
+
+def test_without_adjustment_it_is_plain_cross_entropy():
+    data, generator = split(12), torch.Generator().manual_seed(1)
+    net, plain = (task.initial_model(1, 10, seed=0).to(memory_format=torch.channels_last) for _ in range(2))
+    loss = train(net, data)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1, fused=True)
+    losses = []
+    for rows in torch.randperm(12, generator=generator).split(4):
+        optimizer.zero_grad()
+        losses.append(F.cross_entropy(plain(task.normalise(data.images[rows])), data.labels[rows]))
+        losses[-1].backward()
         optimizer.step()
-        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert equal(net, plain)
+    assert loss == np.mean([loss.item() for loss in losses])
 
 
-def test_frozen_layers_stay_as_they_are_and_the_others_learn():
-    net = task.Net.initial(1, 10, seed=0)
-    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    net.conv1.requires_grad_(False)
-    task.train(net, split(20), **TRAINING)
-    same = {name for name, tensor in net.state_dict().items() if torch.equal(tensor, before[name])}
-    assert same == {"conv1.weight", "conv1.bias"}
+def test_a_node_with_one_class_only_and_a_class_no_node_has():
+    """The class of all images gains less than by plain cross-entropy, and the others lose less."""
+    data = task.Split(split(20).images, torch.full((20,), 3), DIGITS)
+    nets = {tau: task.initial_model(1, 10, seed=0) for tau in (0.0, 1.0)}
+    before = nets[0.0].fc2.bias.detach().clone()
+    for tau, net in nets.items():
+        assert math.isfinite(train(net, data, logit_adjustment=tau))
+    plain, adjusted = (nets[tau].fc2.bias.detach() - before for tau in (0.0, 1.0))
+    assert 0 < adjusted[3] < plain[3]
+    absent = torch.arange(10) != 3
+    assert (plain[absent] < adjusted[absent]).all()
+    assert (adjusted[absent] < 0).all()
 
 
-def test_training_has_the_same_bits_for_the_same_seed_and_leaves_the_global_state_alone():
+def test_a_label_outside_the_classes_is_refused():
+    for label in (-1, 2):
+        with pytest.raises((RuntimeError, IndexError)):
+            train(Constant(), black([0, label]), logit_adjustment=1.0)
+
+
+def test_batches_are_nearly_equal_and_hold_every_image_once():
+    seen = []
+
+    class Watching(Constant):
+        def forward(self, x):
+            seen.append(len(x))
+            return super().forward(x)
+
+    train(Watching(), split(13, classes=2), local_epochs=2)
+    assert seen == [4, 3, 3, 3] * 2
+
+
+def test_training_has_the_same_bits_for_the_same_seed():
     data = split(30)
 
-    def run(seed: int, augment: bool) -> dict:
-        net = task.Net.initial(1, 10, 0)
+    def run(seed: int, **overrides) -> nn.Module:
+        net = task.initial_model(1, 10, 0)
         torch.rand(3)  # whatever else the process draws
         before = torch.random.get_rng_state()
-        task.train(net, data, **TRAINING | {"seed": seed, "augment": augment})
+        train(net, data, seed=seed, **overrides)
         assert torch.equal(torch.random.get_rng_state(), before)
-        return net.state_dict()
+        return net
 
     for augment in (False, True):
-        first, second, other = run(1, augment), run(1, augment), run(2, augment)
-        assert all(torch.equal(first[k], second[k]) for k in first)
-        assert not torch.equal(first["fc2.bias"], other["fc2.bias"])
+        first = run(1, augment=augment)
+        assert equal(first, run(1, augment=augment))
+        assert not equal(first, run(2, augment=augment))
+    assert not equal(first, run(1, augment=False))
 
 
-def test_training_stops_when_nobody_waits_any_more():
-    calls = iter([False, False, True])
-    with pytest.raises(TimeoutError):
-        task.train(Constant(), split(20, classes=2), **TRAINING | {"overdue": lambda: next(calls)})
+def test_each_epoch_has_an_order_of_its_own():
+    orders = []
+
+    class Watching(Constant):
+        def forward(self, x):
+            orders.append(x.flatten(1)[:, 0].tolist())
+            return super().forward(x)
+
+    train(Watching(), split(20, classes=2), local_epochs=2, batch_size=20)
+    assert sorted(orders[0]) == sorted(orders[1])
+    assert orders[0] != orders[1]
+
+
+def test_training_stops_when_nobody_waits_any_more(monkeypatch):
+    moments = iter([9.0, 9.5, 10.0, 10.1])
+    monkeypatch.setattr(task.time, "time", lambda: next(moments))
+    with pytest.raises(TimeoutError, match="deadline passed"):
+        task.train(Constant(), split(20, classes=2), config(), lr=0.1, seed=1, device=CPU, deadline=10.0)
+    assert list(moments) == []
 
 
 @pytest.mark.parametrize("function", ["train", "test"])
 def test_nothing_to_train_or_test_on_is_an_error(function):
     with pytest.raises(task.DataError, match="empty"):
-        task.train(Constant(), split(0), **TRAINING) if function == "train" else task.test(Constant(), split(0), CPU)
+        train(Constant(), split(0)) if function == "train" else task.test(Constant(), split(0), CPU)
+
+
+# ---------------------------------------------------------------------------- Any nn.Module
+
+
+def test_batch_norm_trains_though_one_image_is_left_over():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(784, 8), nn.BatchNorm1d(8), nn.Linear(8, 10))
+    train(net, split(9))  # two batches of four and one image; BatchNorm1d needs two
+    assert net[2].num_batches_tracked == 3
+    assert not torch.equal(net[2].running_mean, torch.zeros(8))
+
+
+def test_dropout_is_repeatable():
+    def run(seed: int) -> nn.Module:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Flatten(), nn.Linear(784, 32), nn.Dropout(0.5), nn.Linear(32, 10))
+        torch.rand(seed + 1)  # the state of the global generator must not matter
+        train(net, split(8), seed=seed, batch_size=8)
+        return net
+
+    assert equal(run(1), run(1))
+    assert not equal(run(1), run(2))
+
+
+def test_frozen_and_unused_parameters_stay_and_the_others_learn():
+    net = task.initial_model(1, 10, seed=0)
+    net.unused = nn.Linear(2, 2)
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    net.conv1.requires_grad_(False)
+    train(net, split(20), momentum=0.9)
+    same = {name for name, tensor in net.state_dict().items() if torch.equal(tensor, before[name])}
+    assert same == {"conv1.weight", "conv1.bias", "unused.weight", "unused.bias"}
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.int64, torch.bfloat16, torch.float64, torch.complex64])
+@pytest.mark.parametrize("shape", [(), (0,), (2, 3), (1, 2, 1, 2), (1, 2, 1, 1, 2)])
+def test_buffers_of_any_dtype_and_shape_are_left_alone(dtype, shape):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+    net.register_buffer("extra", torch.ones(shape, dtype=dtype))
+    train(net, split(4))
+    task.test(net, split(4), CPU)
+    assert net.extra.dtype == dtype
+    assert torch.equal(net.extra, torch.ones(shape, dtype=dtype))
+
+
+# ------------------------------------------------------------------------- Images to floats
 
 
 def test_normalise_gives_each_image_mean_0_and_variance_1():
     images = torch.tensor([[0, 0, 200, 200], [7, 7, 7, 7]], dtype=torch.uint8).view(2, 1, 2, 2)
     one = 100 / math.sqrt(100**2 + 1)  # half the pixels 100 below the mean, half above
     assert task.normalise(images).flatten(1).tolist() == [pytest.approx([-one, -one, one, one]), [0, 0, 0, 0]]
+    assert images[0].tolist() == [[[0, 0], [200, 200]]]
     assert task.normalise(split(3, channels=3, size=32).images).is_contiguous(memory_format=torch.channels_last)
 
 
@@ -160,6 +344,13 @@ def test_augmentation_shifts_and_mirrors_whole_images():
     assert len(seen) == 5 * 5 * 2  # all shifts of -2..2 in both directions, mirrored or not
 
 
+def test_augmentation_shifts_by_up_to_four_pixels():
+    image = torch.zeros(1, 1, 9, 9, dtype=torch.uint8)
+    image[0, 0, 4, 4] = 1
+    moved = task.random_crop_and_flip(image.expand(2000, 1, 9, 9), torch.Generator().manual_seed(0))
+    assert len({tuple(m.nonzero()[0].tolist()) for m in moved}) == 81
+
+
 def test_augmentation_keeps_the_channels_of_a_pixel_together():
     images = torch.arange(2 * 3 * 8 * 8, dtype=torch.int16).remainder(251).to(torch.uint8).view(2, 3, 8, 8)
     moved = task.random_crop_and_flip(images, torch.Generator().manual_seed(3), padding=2)
@@ -167,18 +358,11 @@ def test_augmentation_keeps_the_channels_of_a_pixel_together():
     assert {tuple(c) for c in moved.permute(0, 2, 3, 1).reshape(-1, 3).tolist()} <= columns | {(0, 0, 0)}
 
 
-def test_every_device_that_is_not_there_is_one_clear_error():
-    assert task.pick_device("cpu").type == "cpu"
-    if not torch.cuda.is_available():
-        with pytest.raises(UserError, match="server-device"):
-            task.pick_device("cuda:7")
-
-
 # ----------------------------------------------------------------------------------- Data
 
 
-def load(dataset: str, partition: int = 0, of: int = 4, how: str = "iid", alpha: float = 1.0):
-    return task.load_partition(1, partition, of, dataset, how, alpha, 42)
+def load(dataset: str, partition: int = 0, of: int = 4, how: str = "iid", alpha: float = 1.0, seed: int = 42):
+    return task.load_partition(partition, of, dataset, how, alpha, seed)
 
 
 @pytest.mark.parametrize("how", ["iid", "dirichlet"])
@@ -193,10 +377,33 @@ def test_partitions_share_out_all_images_once_in_80_to_20(tiny_dataset, how):
     assert sorted(i.numpy().tobytes() for i in images) == sorted(np.asarray(i).tobytes() for i in whole["image"])
 
 
+def test_each_image_keeps_its_label(tiny_dataset):
+    whole = datasets.load_dataset(tiny_dataset, split="train")
+    labels = {np.asarray(row["image"]).tobytes(): row["label"] for row in whole}
+    for part in load(tiny_dataset, 1, how="dirichlet").values():
+        for image, label in zip(part.images, part.labels.tolist(), strict=True):
+            assert labels[image.numpy().tobytes()] == label
+        assert part.class_names == whole.features["label"].names
+
+
+def test_the_split_of_a_partition_is_random_and_repeatable(tiny_dataset):
+    first = load(tiny_dataset)["validation"].images
+    task.load_partition.cache_clear()
+    assert torch.equal(first, load(tiny_dataset)["validation"].images)
+    # IID partitions are dealt with the same seed, so what differs here is the split.
+    everything = task._to_split(task.partitions(tiny_dataset, "iid", 4, 1.0, 42).load_partition(0))
+    places = [(everything.images == image).flatten(1).all(1).nonzero()[0].item() for image in first]
+    assert sorted(places) != places  # neither the first rows nor the last
+    other = task._train_and_validation(everything, 42, 1)["validation"].images
+    assert not torch.equal(first, other)
+
+
 def test_iid_partitions_are_not_cut_from_sorted_rows(tmp_path, tiny_dataset):
     rows = datasets.load_dataset(tiny_dataset, split="train").sort("label")
     rows.to_parquet(tmp_path / "data" / "train.parquet")
-    assert len(load(str(tmp_path))["train"].labels.unique()) > 5
+    first = load(str(tmp_path))["train"]
+    assert len(first.labels.unique()) > 5
+    assert not torch.equal(first.images, load(str(tmp_path), seed=1)["train"].images)
 
 
 def test_a_small_alpha_gives_a_node_few_labels(tiny_dataset):
@@ -206,125 +413,212 @@ def test_a_small_alpha_gives_a_node_few_labels(tiny_dataset):
     assert labels(0.05) < labels(1000.0)
 
 
-def test_arrow_columns_give_the_same_dirichlet_partition_as_plain_ones(tiny_dataset):
+def test_arrow_columns_give_the_partition_of_plain_ones(tiny_dataset):
     from flwr_datasets.partitioner import DirichletPartitioner
 
-    plain = DirichletPartitioner(4, partition_by="label", alpha=1.0, seed=42, min_partition_size=5)
+    plain = DirichletPartitioner(4, partition_by="label", alpha=0.7, seed=7, min_partition_size=5)
     plain.dataset = datasets.load_dataset(tiny_dataset, split="train")
-    ours = task.federated_dataset(tiny_dataset, "dirichlet", 4, 1.0, 42)
+    ours = task.partitions(tiny_dataset, "dirichlet", 4, 0.7, 7)
     for partition in range(4):
         expected = plain.load_partition(partition)["label"][:]
         assert ours.load_partition(partition)["label"].to_pylist() == expected
 
 
 def test_the_bundled_images_are_real_and_balanced():
-    data, classes = task.load_test_split(task.BUNDLED)
+    data = task.load_test_split(task.BUNDLED)
     assert data.images.shape == (2000, 1, 28, 28)
-    assert classes == 10
+    assert data.class_names[:2] == ["T - shirt / top", "Trouser"]
     assert data.labels.bincount().tolist() == [200] * 10
-    import hashlib
-
     digest = hashlib.sha256(data.images.numpy().tobytes() + data.labels.to(torch.uint8).numpy().tobytes())
-    card = (task.Path(task._locate(task.BUNDLED)) / "README.md").read_text()
-    assert digest.hexdigest() in card
+    assert digest.hexdigest() in (PROJECT / "fashion_mnist_sample" / "README.md").read_text()
 
 
-def test_a_test_split_may_be_called_validation_and_its_absence_is_named(tmp_path, tiny_dataset):
+def test_without_the_bundled_images_those_on_the_hub_are_taken(monkeypatch):
+    """There is no network here: the error names both ways out."""
+    asked = []
+    real = datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: asked.append(name) or real(name))
+    monkeypatch.setattr(task, "find_spec", lambda name: None)
+    with pytest.raises(task.DataError, match=r"pip install \..*needs no network.*needs network"):
+        task.load_test_split(task.BUNDLED)
+    assert asked == ["zalando-datasets/fashion_mnist"]
+
+
+@pytest.mark.parametrize("name", ["test", "validation", "valid"])
+def test_the_test_split_may_have_another_name(tmp_path, tiny_dataset, name):
     rows = datasets.load_dataset(tiny_dataset, split="test")
-    for folder in ("without", "with"):
-        rows.to_parquet(tmp_path / folder / "train.parquet")
-    rows.to_parquet(tmp_path / "with" / "validation.parquet")
-    assert len(task.load_test_split(str(tmp_path / "with"))[0]) == 40
-    with pytest.raises(task.DataError, match=r"no split test or validation"):
-        task.load_test_split(str(tmp_path / "without"))
+    datasets.DatasetDict({"train": rows, name: rows.select(range(9))}).save_to_disk(tmp_path / "saved")
+    assert len(task.load_test_split(str(tmp_path / "saved"))) == 9
 
 
-def test_a_hub_out_of_reach_is_asked_once_and_not_again_and_again():
-    """In a process of its own: the libraries read HF_HUB_OFFLINE when they are imported."""
-    env = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"} | {"HF_ENDPOINT": "http://127.0.0.1:9"}
-    script = "from pytorch_example_low_level import task; task.load_test_split('nobody/no-such-data-set')"
-    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert "Cannot use dataset 'nobody/no-such-data-set'" in done.stderr
-    assert "fashion-mnist-sample" in done.stderr
-    assert "Retrying" not in done.stderr
+def test_a_missing_split_is_named_with_those_there_are(tmp_path, tiny_dataset):
+    rows = datasets.load_dataset(tiny_dataset, split="test")
+    datasets.DatasetDict({"train": rows}).save_to_disk(tmp_path / "a")
+    datasets.DatasetDict({"test": rows}).save_to_disk(tmp_path / "b")
+    with pytest.raises(task.DataError, match=r"no split test or validation or valid; the splits are \['train'\]"):
+        task.load_test_split(str(tmp_path / "a"))
+    with pytest.raises(task.DataError, match=r"no split train; the splits are \['test'\]"):
+        load(str(tmp_path / "b"))
 
 
-def write(folder, features: dict, columns: dict) -> str:
-    rows = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
-    for name in ("train", "test"):
-        rows.to_parquet(folder / f"{name}.parquet")
-    return str(folder)
+def test_a_folder_of_save_to_disk_is_taken_as_dataset(tmp_path, tiny_dataset):
+    datasets.load_dataset(tiny_dataset).save_to_disk(tmp_path / "saved")
+    assert torch.equal(task.load_test_split(str(tmp_path / "saved")).images, task.load_test_split(tiny_dataset).images)
+    mine, theirs = load(str(tmp_path / "saved")), load(tiny_dataset)
+    assert torch.equal(mine["train"].images, theirs["train"].images)
 
 
-def picture(mode: str, size: tuple[int, int], colour) -> Image.Image:
-    return Image.new(mode, size, colour)
+def table(features: dict, columns: dict) -> datasets.Dataset:
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
 
 
-LABEL = datasets.ClassLabel(names=["cat", "dog"])
+def saved(folder, train: datasets.Dataset, test: datasets.Dataset | None = None) -> str:
+    datasets.DatasetDict(train=train, test=test or train).save_to_disk(folder / "saved")
+    return str(folder / "saved")
 
 
-def test_columns_are_found_by_their_types_whatever_they_are_called(tmp_path):
-    columns = {"id": [1, 2], "kind": [0, 1], "photo": [picture("L", (28, 28), c) for c in (10, 20)]}
-    folder = write(tmp_path, {"id": datasets.Value("int64"), "kind": LABEL, "photo": datasets.Image()}, columns)
-    data, classes = task.load_test_split(folder)
-    assert classes == 2
+def grey(*shades: int, size: tuple[int, int] = (28, 28)) -> list[Image.Image]:
+    return [Image.new("L", size, shade) for shade in shades]
+
+
+IMAGE = datasets.Image()
+LABEL = datasets.ClassLabel(names=BINARY)
+TEXT, NUMBER = datasets.Value("string"), datasets.Value("int64")
+
+
+def test_columns_are_found_by_their_types(tmp_path):
+    rows = table({"id": NUMBER, "kind": LABEL, "photo": IMAGE}, {"id": [1, 2], "kind": [0, 1], "photo": grey(10, 20)})
+    data = task.load_test_split(saved(tmp_path, rows))
+    assert data.class_names == BINARY
     assert data.images[:, 0, 0, 0].tolist() == [10, 20]
     assert data.labels.tolist() == [0, 1]
 
 
-def test_a_missing_label_column_is_named_with_the_columns_there_are(tmp_path):
-    features = {"photo": datasets.Image(), "age": datasets.Value("int64")}
-    folder = write(tmp_path, features, {"photo": [picture("L", (28, 28), 1)], "age": [3]})
-    with pytest.raises(task.DataError, match=r"no column of type ClassLabel.*age"):
-        task.load_test_split(folder)
+@pytest.mark.parametrize(
+    ("feature", "values", "names"),
+    [(TEXT, ["dog", "cat", "dog"], ["cat", "dog"]), (NUMBER, [7, 3, 7], ["3", "7"])],
+)
+def test_a_lone_column_of_text_or_numbers_is_the_label(tmp_path, feature, values, names):
+    rows = table({"kind": feature, "photo": IMAGE}, {"kind": values, "photo": grey(1, 2, 3)})
+    data = task.load_test_split(saved(tmp_path, rows))
+    assert data.class_names == names
+    assert data.labels.tolist() == [1, 0, 1]
+
+
+@pytest.mark.parametrize("why", ["two columns", "other values in the test split", "a nested column", "none"])
+def test_a_label_that_is_ambiguous_is_not_guessed(tmp_path, why):
+    features, columns = {"kind": TEXT, "photo": IMAGE}, {"kind": ["dog", "cat"], "photo": grey(1, 2)}
+    if why == "two columns":
+        features["age"], columns["age"] = NUMBER, [1, 2]
+    elif why == "a nested column":
+        features["boxes"], columns["boxes"] = [{"x": NUMBER}], [[{"x": 1}], []]
+    elif why == "none":
+        del features["kind"], columns["kind"]
+    train = table(features, columns)
+    test = train.select([0]) if why == "other values in the test split" else train
+    with pytest.raises(task.DataError) as error:
+        task.load_test_split(saved(tmp_path, train, test))
+    assert "no column of type ClassLabel; the columns are" in str(error.value)
+    assert f"rows.class_encode_column('{'label' if why == 'none' else 'kind'}')" in str(error.value)
+    assert "rows.cast_column('label', datasets.ClassLabel(names=[...]))" in str(error.value)
+
+
+def test_the_cure_for_a_column_of_bytes_is_named_and_works(tmp_path):
+    encoded = [IMAGE.encode_example(image)["bytes"] for image in grey(5, 6)]
+    rows = table({"kind": LABEL, "photo": datasets.Value("binary")}, {"kind": [0, 1], "photo": encoded})
+    cure = r"no column of type Image;.*photo.*rows\.cast_column\('that column', datasets\.Image\(\)\)"
+    with pytest.raises(task.DataError, match=cure):
+        task.load_test_split(saved(tmp_path / "a", rows))
+    data = task.load_test_split(saved(tmp_path / "b", rows.cast_column("photo", datasets.Image())))
+    assert data.images[:, 0, 0, 0].tolist() == [5, 6]
+
+
+@pytest.mark.parametrize("label", [-1, None])
+def test_an_image_without_a_label_is_refused(tmp_path, label):
+    """The Hub has data sets whose test split has the label -1 throughout."""
+    rows = table({"kind": LABEL, "photo": IMAGE}, {"kind": [0, label], "photo": grey(1, 2)})
+    with pytest.raises(task.DataError, match="some images have no label"):
+        task.load_test_split(saved(tmp_path, rows))
 
 
 def test_images_of_varying_size_and_mode_become_32x32_rgb(tmp_path):
-    images = [picture("L", (28, 28), 7), picture("RGB", (50, 40), (1, 2, 3)), picture("RGBA", (9, 9), (1, 2, 3, 255))]
-    features = {"image": datasets.Image(), "label": LABEL}
-    data, _ = task.load_test_split(write(tmp_path, features, {"image": images, "label": [0, 1, 0]}))
+    images = [*grey(7, size=(9, 30)), Image.new("RGB", (50, 40), (1, 2, 3)), Image.new("RGBA", (9, 9), (1, 2, 3, 255))]
+    data = task.load_test_split(saved(tmp_path, table({"a": IMAGE, "b": LABEL}, {"a": images, "b": [0, 1, 0]})))
     assert data.images.shape == (3, 3, 32, 32)
+    assert data.in_channels == 3
     assert data.images[1, :, 16, 16].tolist() == [1, 2, 3]
 
 
-def test_28x28_among_32x32_gets_a_black_frame(tmp_path):
-    features = {"image": datasets.Image(), "label": LABEL}
-    images = [picture("L", (28, 28), 7), picture("L", (32, 32), 9)]
-    data, _ = task.load_test_split(write(tmp_path, features, {"image": images, "label": [0, 1]}))
-    assert data.images.shape == (2, 1, 32, 32)
-    assert data.images[0, 0, 2:-2, 2:-2].unique().tolist() == [7]
-    assert data.images[0].sum() == 7 * 28 * 28
+def test_grey_images_of_two_sizes_become_32x32(tmp_path):
+    images = [*grey(9, size=(32, 32)), *grey(7), Image.new("1", (64, 64), 1)]
+    data = task.load_test_split(saved(tmp_path, table({"a": IMAGE, "b": LABEL}, {"a": images, "b": [0, 1, 0]})))
+    assert data.images.shape == (3, 1, 32, 32)
+    assert data.in_channels == 1
+    assert [image.unique().tolist() for image in data.images] == [[9], [7], [255]]
+
+
+@pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("RGB", 3)])
+@pytest.mark.parametrize("size", [28, 32])
+def test_an_image_keeps_its_rows_columns_and_channels(mode, channels, size):
+    pixels = np.random.default_rng(0).integers(0, 256, (size, size, channels), dtype=np.uint8)
+    image = Image.fromarray(pixels[:, :, 0] if channels == 1 else pixels)
+    assert np.array_equal(task.to_pixels(image, channels, size), pixels)
+    rows = table({"pixels": datasets.Value("binary"), "label": LABEL}, {"pixels": [pixels.tobytes()], "label": [1]})
+    assert np.array_equal(task._to_split(rows).images[0].permute(1, 2, 0).numpy(), pixels)
 
 
 def test_a_nodes_own_folder_is_split_like_a_partition(tmp_path, tiny_dataset):
     rows = datasets.load_dataset(tiny_dataset, split="train").select(range(20))
     rows.save_to_disk(tmp_path / "mine")
-    train, validation = (task.load_folder(part, 1, str(tmp_path / "mine"), 3, 42) for part in task.PARTS)
-    assert (len(train), len(validation)) == (16, 4)
-    with pytest.raises(task.DataError, match="data-path"):
-        task.load_folder("train", 1, str(tmp_path / "nothing"), 3, 42)
+    rows.to_parquet(tmp_path / "files" / "train.parquet")
+    datasets.DatasetDict(test=rows.select([0]), train=rows).save_to_disk(tmp_path / "both")
+    first = task.load_folder(str(tmp_path / "mine"), 3, 42)
+    assert [len(part) for part in first.values()] == [16, 4]
+    for name in ("files", "both"):
+        other = task.load_folder(str(tmp_path / name), 3, 42)
+        assert all(torch.equal(first[part].images, other[part].images) for part in first)
+    with pytest.raises(task.DataError, match=r"Cannot use data-path '.*nothing': there is no folder .*nothing"):
+        task.load_folder(str(tmp_path / "nothing"), 3, 42)
 
 
 @pytest.mark.parametrize("dataset", ["/no/such/folder", "./none", "nobody/no-such-data-set"])
-def test_a_data_set_that_is_not_there_is_one_error_that_says_what_can_be_used(dataset):
-    with pytest.raises(task.DataError, match=r"(?s)Cannot use dataset.*Allowed.*fashion-mnist-sample.*folder.*Hub"):
+def test_a_data_set_that_is_not_there_is_one_clear_error(dataset):
+    with pytest.raises(task.DataError, match=r"Cannot use dataset.*Allowed.*fashion-mnist-sample.*Hub") as error:
         task.load_test_split(dataset)
+    assert len(str(error.value).splitlines()) == 1
+    assert "HF_HUB_OFFLINE=1" in str(error.value)
 
 
-def test_missing_bundled_images_say_how_to_install_them(monkeypatch):
-    monkeypatch.setattr(task, "find_spec", lambda name: None)
-    with pytest.raises(task.DataError, match="pip install"):
-        task._locate(task.BUNDLED)
+def test_more_nodes_than_images_is_an_error_with_both_numbers(tiny_dataset):
+    for how in ("iid", "dirichlet"):
+        with pytest.raises(task.DataError, match=r"120 training images are too few for 25 nodes, each .* needs 5"):
+            load(tiny_dataset, 3, 25, how)
+    assert len(load(tiny_dataset, 3, 24, "iid")["train"]) == 4
 
 
-def test_more_nodes_than_images_is_an_error_that_names_both(tiny_dataset):
-    with pytest.raises(task.DataError, match="partition 3 of 1000 of dataset"):
-        load(tiny_dataset, 3, 1000, "dirichlet")
+def test_labels_are_renumbered_by_the_names_of_the_classes():
+    data = task.Split(torch.arange(3, dtype=torch.uint8).view(3, 1, 1, 1), torch.tensor([0, 1, 1]), ["dog", "cat"])
+    server = ["bird", "cat", "dog"]
+    renumbered = data.numbered_as(server)
+    assert renumbered.labels.tolist() == [2, 1, 1]
+    assert renumbered.class_names == server
+    assert torch.equal(renumbered.images, data.images)
+    assert data.labels.tolist() == [0, 1, 1]  # the cached split is as it was
+    assert data.numbered_as(["dog", "cat"]) is data
 
 
-def test_partitions_smaller_than_a_batch_train_and_single_images_have_no_validation_split(tiny_dataset):
-    data, validation = load(tiny_dataset, 0, 120).values()
-    assert len(data) == 1
-    assert len(validation) == 0
-    assert task.train(task.Net(), data, **TRAINING) > 0
+def test_a_class_that_the_server_does_not_know_names_both():
+    with pytest.raises(task.DataError) as error:
+        black([0, 1]).numbered_as(["dog", "cow"])
+    assert "['cat', 'dog']" in str(error.value)
+    assert "['dog', 'cow']" in str(error.value)
+    assert "['cat'] is not among them" in str(error.value)
+    assert "cast_column('label', datasets.ClassLabel(names=[...]))" in str(error.value)
+
+
+def test_a_partition_is_loaded_once_a_process(tiny_dataset):
+    assert load(tiny_dataset, 2) is load(tiny_dataset, 2)
+    started = time.monotonic()
+    for _ in range(1000):
+        load(tiny_dataset, 2)
+    assert time.monotonic() - started < 1

@@ -1,0 +1,376 @@
+"""The handlers of a node, called through the ClientApp."""
+
+import inspect
+import time
+
+import datasets
+import pytest
+import torch
+import torch.nn.functional as F
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+from torch import nn
+
+from pytorch_example_low_level import client_app, task
+from pytorch_example_low_level.config import Purpose, random_stream
+from tests.conftest import model, results, same_bits
+from tests.grid import InProcessGrid, run_config
+
+NODES = 3  # with partitions of 21 to 72 images
+SETTINGS = {
+    "partitioner": "dirichlet",
+    "dirichlet_alpha": 0.5,
+    "local_epochs": 3,
+    "batch_size": 7,
+    "momentum": 0.7,
+    "learning_rate": 0.9,  # not what is to be used
+    "logit_adjustment": 0.6,
+    "seed": 5,
+}
+
+
+def ask(config: dict, message_type: str, content: RecordDict, partition: int = 0, **node_config) -> Message:
+    """The reply of one of three nodes; `node_config` replaces that of the simulation."""
+    grid = InProcessGrid(client_app.app, config, NODES)
+    (context,) = (c for c in grid.contexts.values() if c.node_config["partition-id"] == partition)
+    if node_config:
+        context.node_config = {key.replace("_", "-"): value for key, value in node_config.items()}
+    return client_app.app(Message(content, context.node_id, message_type, group_id="1"), context)
+
+
+def instructions(net: nn.Module | None = None, **config) -> RecordDict:
+    content = RecordDict({"config": ConfigRecord({key.replace("_", "-"): value for key, value in config.items()})})
+    if net is not None:
+        content["arrays"] = ArrayRecord(net.state_dict())
+    return content
+
+
+@pytest.fixture
+def settings(tiny_dataset) -> dict:
+    return run_config(dataset=tiny_dataset, **SETTINGS)
+
+
+def local(dataset: str, partition: int) -> dict[str, task.Split]:
+    return task.load_partition(partition, NODES, dataset, "dirichlet", 0.5, 5)
+
+
+def trained_by_hand(data: task.Split, server_round: int, partition: int, lr: float, augment: bool):
+    """The training that SETTINGS ask for, written down once more."""
+    net = task.initial_model(1, 10, seed=1)
+    seed = int(random_stream(5, Purpose.TRAIN, server_round, partition).integers(2**63))
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.SGD(net.parameters(), lr=lr, momentum=0.7, fused=True)
+    frequencies = torch.stack([(data.labels == number).sum() + 1 for number in range(10)])
+    total = 0.0
+    for _ in range(3):
+        for rows in torch.randperm(len(data), generator=generator).tensor_split((len(data) + 6) // 7):
+            images = data.images[rows]
+            if augment:
+                images = task.random_crop_and_flip(images, generator)
+            logits = net(task.normalise(images)) + 0.6 * frequencies.log()
+            loss = F.cross_entropy(logits, data.labels[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.item() * len(rows)
+    return net, total / (3 * len(data))
+
+
+@pytest.mark.parametrize("augment", [False, True])
+def test_train_is_sgd_as_one_would_write_it(settings, tiny_dataset, augment):
+    sizes = set()
+    for server_round, partition in [(1, 0), (4, 2)]:
+        data = local(tiny_dataset, partition)["train"]
+        content = instructions(task.initial_model(1, 10, seed=1), server_round=server_round, lr=0.03)
+        reply = ask(settings | {"augment": augment}, MessageType.TRAIN, content, partition)
+        net, loss = trained_by_hand(data, server_round, partition, 0.03, augment)
+        assert same_bits(reply.content["arrays"].to_torch_state_dict(), net.state_dict())
+        assert reply.content.keys() == {"arrays", "metrics"}
+        assert reply.content["metrics"] == {"train_loss": pytest.approx(loss, rel=1e-6), "num-examples": len(data)}
+        sizes.add(len(data))
+    assert len(sizes) == 2
+
+
+def test_evaluate_takes_the_validation_split(settings, tiny_dataset):
+    net = task.initial_model(1, 10, seed=1).eval()
+    for partition in range(NODES):
+        data = local(tiny_dataset, partition)["validation"]
+        logits = net(task.normalise(data.images))
+        reply = ask(settings, MessageType.EVALUATE, instructions(net, server_round=1), partition)
+        assert reply.content.keys() == {"metrics"}
+        assert reply.content["metrics"] == {
+            "eval_loss": pytest.approx(F.cross_entropy(logits, data.labels).item(), rel=1e-5),
+            "eval_acc": (logits.argmax(1) == data.labels).double().mean().item(),
+            "num-examples": len(data),
+        }
+
+
+@pytest.mark.parametrize("message_type", [MessageType.TRAIN, MessageType.EVALUATE])
+def test_a_node_works_in_one_thread(settings, message_type):
+    torch.set_num_threads(2)
+    try:
+        ask(settings, message_type, instructions(task.Net(1, 10), server_round=1, lr=0.1))
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(1)
+
+
+# ------------------------------------------------------------------------------- Deadlines
+
+
+@pytest.mark.parametrize("message_type", [MessageType.TRAIN, MessageType.EVALUATE])
+def test_work_that_nobody_waits_for_is_not_begun(settings, message_type, monkeypatch):
+    for function in ("train", "test"):
+        monkeypatch.setattr(task, function, lambda *args, **kwargs: pytest.fail("it was begun"))
+    content = instructions(task.Net(1, 10), server_round=1, lr=0.1, deadline=time.time() - 0.01)
+    assert ask(settings, message_type, content).error.reason == "the deadline passed before the message was handled"
+
+
+def test_training_ends_at_the_deadline(settings, monkeypatch):
+    monkeypatch.setattr(client_app, "check_deadline", lambda msg: None)
+    content = instructions(task.Net(1, 10), server_round=1, lr=0.1, deadline=time.time() - 0.01)
+    assert ask(settings, MessageType.TRAIN, content).error.reason == "the deadline passed during training"
+
+
+@pytest.mark.parametrize("deadline", [{}, {"deadline": 1e12}])
+def test_before_the_deadline_or_without_one_the_work_is_done(settings, deadline):
+    content = instructions(task.Net(1, 10), server_round=1, lr=0.1, **deadline)
+    assert ask(settings, MessageType.TRAIN, content).has_content()
+    assert ask(settings, MessageType.EVALUATE, content).has_content()
+
+
+# ------------------------------------------------------------------------------------ QUERY
+
+
+@pytest.fixture
+def sleeps(monkeypatch) -> list[float]:
+    """How long the nodes sleep, on a clock that stands still."""
+    slept: list[float] = []
+    monkeypatch.setattr(time, "time", lambda: 1000.0)
+    monkeypatch.setattr(time, "sleep", slept.append)
+    return slept
+
+
+def opt_ins(config: dict, rounds: int, nodes: int, **message) -> list[list[bool]]:
+    """What each of the nodes answers in each round."""
+    grid = InProcessGrid(client_app.app, config, nodes)
+    answers = []
+    for server_round in range(1, rounds + 1):
+        content = instructions(server_round=server_round, **message)
+        messages = [Message(content, node_id, MessageType.QUERY) for node_id in grid.contexts]
+        replies = {grid.partition(r.metadata.src_node_id): r for r in grid.send_and_receive(messages)}
+        assert all(r.content.keys() == {"config"} for r in replies.values())
+        assert all(r.content["config"].keys() == {"opt-in"} for r in replies.values())
+        answers.append([replies[partition].content["config"]["opt-in"] for partition in range(nodes)])
+    return answers
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.3, 1.0])
+def test_nodes_opt_in_with_the_probability_asked_for(sleeps, probability):
+    config = run_config(opt_in_probability=probability, seed=3)
+    answers = opt_ins(config, rounds=20, nodes=50, max_delay=0.0, deadline=1002.0)
+    assert {type(answer) for answers_of_round in answers for answer in answers_of_round} == {bool}
+    share = sum(map(sum, answers)) / 1000
+    assert abs(share - probability) <= (0.05 if 0 < probability < 1 else 0)  # 3.4 standard deviations
+    if 0 < probability < 1:
+        assert len({tuple(a) for a in answers}) == 20  # no two rounds are alike,
+        assert len(set(zip(*answers, strict=True))) > 45  # and hardly two nodes
+        assert opt_ins(config, rounds=2, nodes=50, max_delay=0.0) == answers[:2]
+        assert opt_ins(config | {"seed": 4}, rounds=2, nodes=50, max_delay=0.0) != answers[:2]
+
+
+def test_a_delay_is_uniform_and_never_passes_the_deadline(sleeps):
+    config = run_config()
+    opt_ins(config, rounds=4, nodes=50, max_delay=3.0, deadline=1100.0)
+    assert 0 <= min(sleeps) < 0.1
+    assert 2.9 < max(sleeps) < 3.0
+    assert sum(sleeps) / 200 == pytest.approx(1.5, abs=0.25)
+    free = sleeps.copy()
+    sleeps.clear()
+    opt_ins(config, rounds=4, nodes=50, max_delay=3.0, deadline=1002.0)
+    assert sleeps == [min(delay, 2.0) for delay in free]
+    sleeps.clear()
+    opt_ins(config, rounds=1, nodes=50, max_delay=3.0, deadline=990.0)  # nobody waits
+    assert sleeps == [0.0] * 50
+
+
+def test_without_a_deadline_a_node_takes_its_whole_delay(sleeps):
+    opt_ins(run_config(), rounds=1, nodes=50, max_delay=3.0)
+    assert 2.5 < max(sleeps) < 3.0
+
+
+def test_who_opts_in_does_not_depend_on_the_delay(sleeps):
+    answers = [a for of_round in opt_ins(run_config(), rounds=20, nodes=50, max_delay=1.0) for a in of_round]
+    prompt = [answer for answer, delay in zip(answers, sleeps, strict=True) if delay < 0.5]
+    assert sum(prompt) / len(prompt) == pytest.approx(0.5, abs=0.08)
+    assert opt_ins(run_config(), 1, 50, max_delay=0.0)[0] == answers[:50]
+
+
+# ------------------------------------------------------------------------- A node's own data
+
+
+def own_data(tmp_path, names: list[str], labels: list[int], channels: int = 1) -> str:
+    from PIL import Image
+
+    images = [Image.new("L" if channels == 1 else "RGB", (28, 28)) for _ in labels]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    rows = datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
+    rows.save_to_disk(tmp_path / "own")
+    return str(tmp_path / "own")
+
+
+CLASSES = ["ant", "bee", "cow"]
+
+
+@pytest.mark.parametrize("message_type", [MessageType.TRAIN, MessageType.EVALUATE])
+def test_a_node_numbers_its_classes_as_the_server_does(tmp_path, monkeypatch, message_type):
+    seen = []
+    real = {name: getattr(task, name) for name in ("train", "test")}
+
+    def watching(name):
+        def call(net, data, *args, **kwargs):
+            seen.append(data)
+            return real[name](net, data, *args, **kwargs)
+
+        return call
+
+    for name in real:
+        monkeypatch.setattr(task, name, watching(name))
+    path = own_data(tmp_path, ["cow", "ant"], [0] * 10)
+    content = instructions(task.Net(1, 3), server_round=1, lr=0.1, class_names=CLASSES)
+    reply = ask(run_config(), message_type, content, data_path=path)
+    assert reply.content["metrics"]["num-examples"] == (8 if message_type == MessageType.TRAIN else 2)
+    assert set(seen[0].labels.tolist()) == {2}
+    assert seen[0].class_names == CLASSES
+
+
+def test_without_class_names_a_node_keeps_its_numbers(tmp_path):
+    path = own_data(tmp_path, ["cow", "ant"], [0] * 10)
+    content = instructions(task.Net(1, 2), server_round=1, lr=0.1)
+    assert ask(run_config(), MessageType.TRAIN, content, data_path=path).has_content()
+
+
+@pytest.mark.parametrize("message_type", [MessageType.TRAIN, MessageType.EVALUATE])
+def test_a_node_with_an_unknown_class_names_both(tmp_path, message_type):
+    path = own_data(tmp_path, ["cow", "dog"], [0, 1] * 5)
+    content = instructions(task.Net(1, 3), server_round=1, lr=0.1, class_names=CLASSES)
+    reason = ask(run_config(), message_type, content, data_path=path).error.reason
+    assert reason.startswith(
+        "this node's classes are ['cow', 'dog'], and the server's are ['ant', 'bee', 'cow']: ['dog']"
+    )
+
+
+@pytest.mark.parametrize("message_type", [MessageType.TRAIN, MessageType.EVALUATE])
+def test_a_node_with_other_channels_names_both(tmp_path, message_type):
+    path = own_data(tmp_path, CLASSES, [0, 1] * 5, channels=3)
+    content = instructions(task.Net(1, 3), server_round=1, lr=0.1, class_names=CLASSES)
+    reason = ask(run_config(), message_type, content, data_path=path).error.reason
+    assert "does not fit this node's images, which have 3 channels and 3 classes: " in reason
+    assert "[16, 1, 5, 5]" in reason  # the server's
+
+
+def test_the_split_of_a_nodes_own_data_stays_the_same(tmp_path, monkeypatch):
+    """It depends on the partition, or on the id that the node has at its SuperLink."""
+    asked = []
+    monkeypatch.setattr(task, "load_folder", lambda *args: asked.append(args) or {})
+    content = instructions(task.Net(1, 3), server_round=1, lr=0.1)
+    for node_config in ({}, {"partition_id": 7}):
+        ask(run_config(seed=9), MessageType.TRAIN, content, data_path="/here", **node_config)
+    node_id = next(iter(InProcessGrid(client_app.app, {}, 1).contexts))
+    assert asked == [("/here", node_id, 9), ("/here", 7, 9)]
+
+
+def test_a_node_without_data_says_what_it_needs(settings):
+    content = instructions(task.Net(1, 10), server_round=1, lr=0.1)
+    for node_config in ({"name": "x"}, {"partition_id": 1}, {"num_partitions": 1}):
+        reason = ask(settings, MessageType.TRAIN, content, **node_config).error.reason
+        assert reason == "a node needs --node-config 'data-path=\"…\"' or 'partition-id=… num-partitions=…'"
+
+
+# ----------------------------------------------------------------------------------- Errors
+
+
+@pytest.mark.parametrize("key", ["lr", "server-round"])
+@pytest.mark.parametrize("value", [None, "0.1"])
+def test_a_message_without_a_number_is_one_line(settings, key, value):
+    content = instructions(task.Net(1, 10), server_round=1, lr=0.1)
+    del content["config"][key]
+    if value is not None:
+        content["config"][key] = value
+    reason = ask(settings, MessageType.TRAIN, content).error.reason
+    assert reason.startswith(f"ValueError: the message's config needs the number '{key}', it is {value!r} (number in ")
+
+
+def test_a_fault_in_the_code_says_where_it_is(settings, monkeypatch, caplog):
+    def broken(*args, **kwargs):
+        raise KeyError("one\ntwo")
+
+    monkeypatch.setattr(task, "train", broken)
+    caplog.set_level("DEBUG", logger="flwr")
+    reply = ask(settings, MessageType.TRAIN, instructions(task.Net(1, 10), server_round=1, lr=0.1))
+    line = inspect.getsourcelines(broken)[1] + 1
+    assert reply.error.reason == f"KeyError: 'one\\ntwo' (broken in {__file__}, line {line})"
+    assert "Traceback" in caplog.text
+
+
+def test_a_failing_node_does_not_fill_the_log(settings, caplog):
+    caplog.set_level("INFO", logger="flwr")
+    reply = ask(settings | {"dataset": "/no/such"}, MessageType.EVALUATE, instructions(task.Net(1, 10)))
+    assert reply.error.reason.startswith("Cannot use partition 0 of 3 of dataset '/no/such': ")
+    assert len(reply.error.reason.splitlines()) == 1
+    assert caplog.records == []
+
+
+# ----------------------------------------------------------------------------- Any nn.Module
+
+
+class Odd(nn.Module):
+    """BatchNorm, Dropout, a frozen and an unused parameter, shared weights, buffers of many types."""
+
+    DTYPES = (torch.bool, torch.uint8, torch.int16, torch.int64, torch.float16, torch.bfloat16, torch.float64)
+
+    def __init__(self, channels: int, classes: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, 4, 5, stride=3)
+        self.norm = nn.BatchNorm2d(4)
+        self.drop = nn.Dropout(0.3)
+        self.head = nn.Linear(4 * 8 * 8, classes)
+        self.same = self.head
+        self.unused = nn.Linear(2, 2)
+        self.scale = nn.Parameter(torch.tensor(2.0), requires_grad=False)
+        for dtype in (*self.DTYPES, torch.complex64):
+            self.register_buffer(f"buffer_{dtype}".replace("torch.", ""), torch.ones(2, 3, dtype=dtype))
+        self.register_buffer("nothing", torch.zeros(0, 2))
+
+    def forward(self, x):
+        return self.same(self.drop(torch.relu(self.norm(self.conv(x)))).flatten(1)) * self.scale
+
+
+def test_an_odd_model_goes_through_a_run_and_a_resumed_one(app, monkeypatch, quick_plot):
+    monkeypatch.setattr(task, "make_model", Odd)
+    before = task.initial_model(1, 10, 42).state_dict()
+    whole = app.run(opt_in_probability=1.0, momentum=0.9)
+    after = model(whole)
+    assert {name: (t.dtype, t.shape) for name, t in after.items()} == {n: (t.dtype, t.shape) for n, t in before.items()}
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    assert same == {name for name in before if name.startswith(("buffer", "nothing", "unused", "scale"))}
+    assert torch.equal(after["head.weight"], after["same.weight"])
+    assert after["norm.num_batches_tracked"] == 2  # a node has 19 images: one batch a round
+    assert [row["train_rejected"] + row["train_failed"] for row in results(whole)[1:]] == [0, 0]
+    half = app.run(opt_in_probability=1.0, momentum=0.9, num_server_rounds=1)
+    app.run(opt_in_probability=1.0, momentum=0.9, resume_from=str(half))
+    assert same_bits(model(half), after)
+
+
+def test_a_resnet_of_torchvision_goes_through_a_round(app, monkeypatch, quick_plot):
+    from torchvision.models.resnet import BasicBlock, ResNet
+
+    def make_model(in_channels: int, num_classes: int) -> nn.Module:
+        net = ResNet(BasicBlock, [1, 1, 1, 1], num_classes)
+        net.conv1 = nn.Conv2d(in_channels, 64, 7, stride=4, padding=3, bias=False)
+        return net
+
+    monkeypatch.setattr(task, "make_model", make_model)
+    settings = {"num_server_rounds": 1, "fraction_clients_train": 0.4, "opt_in_probability": 1.0}
+    (_, row) = results(app.run(**settings))
+    assert (row["train_received"], row["evaluate_received"]) == (2, 5)
+    assert row["train_failed"] == row["train_rejected"] == row["evaluate_failed"] == 0
