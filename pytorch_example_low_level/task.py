@@ -1,7 +1,6 @@
 """Model, data, training and testing: PyTorch and data sets, nothing of Flower's messages.
 
-Images are decoded once and kept as `uint8` tensors. They are turned into floats a batch at a time,
-which is much cheaper than transforming them image by image.
+Images are decoded once and kept as `uint8` tensors, which become floats a batch at a time.
 """
 
 from __future__ import annotations
@@ -48,11 +47,10 @@ class DataError(UserError):
 
 
 class Net(nn.Module):
-    """A small CNN: two 5x5 convolutions, two linear layers; 80,298 parameters for 28x28 grey.
+    """A small CNN with 80,298 parameters for 28x28 grey images.
 
-    Maps float images (N, in_channels, H, W), 28x28 or 32x32, to logits (N, num_classes). GroupNorm
-    (Wu and He 2018, arXiv:1803.08494) lets one learning rate serve grey and colour images. Unlike
-    BatchNorm it keeps no statistics of a node's data, which differ between nodes.
+    GroupNorm (Wu and He 2018, arXiv:1803.08494) lets one learning rate serve grey and colour images.
+    Unlike BatchNorm it keeps no statistics of a node's data, which differ between nodes.
     """
 
     def __init__(self, in_channels: int, num_classes: int) -> None:
@@ -65,7 +63,7 @@ class Net(nn.Module):
         self.fc2 = nn.Linear(128, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the logits."""
+        """Map float images (N, in_channels, H, W), 28x28 or 32x32, to logits (N, num_classes)."""
         # Behind the pooling, normalisation and ReLU have a quarter of the work.
         x = F.relu(self.norm1(F.max_pool2d(self.conv1(x), 2)))
         x = F.relu(self.norm2(F.max_pool2d(self.conv2(x), 2)))
@@ -77,10 +75,7 @@ class Net(nn.Module):
 
 
 def make_model(in_channels: int, num_classes: int) -> nn.Module:
-    """Make the model. This is the one place to put another: server and nodes get theirs here.
-
-    It maps float images (N, in_channels, H, W) to logits (N, num_classes).
-    """
+    """Make the model. This is the one place to put another: server and nodes get theirs here."""
     return Net(in_channels, num_classes)
 
 
@@ -101,10 +96,8 @@ def pick_device(name: str = "auto") -> torch.device:
     try:
         torch.zeros(1, device=name).item()
     except Exception as error:  # a different class for each missing backend
-        raise UserError(
-            f"server-device: {name!r} is not usable on this machine ({first_line(error)}); allowed: 'auto', 'cpu', "
-            "and any other device that PyTorch has here"
-        ) from error
+        allowed = "allowed: 'auto', 'cpu', and any other device that PyTorch has here"
+        raise UserError(f"server-device: {name!r} is not usable here ({first_line(error)}); {allowed}") from error
     return torch.device(name)
 
 
@@ -134,13 +127,10 @@ class Split:
         return Split(self.images[chosen], self.labels[chosen], self.class_names)
 
     def numbered_as(self, class_names: Sequence[str]) -> Split:
-        """Return the split with its labels numbered as in `class_names`.
+        """Return the split with its labels numbered as in `class_names`, of which it may lack some.
 
-        A node may lack some classes, or have them in another order. Raises DataError when it has
-        a class that is not among `class_names`.
+        Raises DataError when it has a class that is not among them.
         """
-        if list(class_names) == list(self.class_names):
-            return self
         unknown = [name for name in self.class_names if name not in class_names]
         if unknown:
             raise DataError(
@@ -158,10 +148,8 @@ def load_partition(
 ) -> dict[str, Split]:
     """Load the "train" (80 %) and the "validation" (20 %) part of one partition of a data set.
 
-    A process keeps the 256 partitions that it used last. With more nodes than that, partitions are
-    small, so it holds about one copy of the training images at most.
-
-    Raises DataError when the data set cannot be loaded, or cannot be split that often.
+    A process keeps the 256 partitions that it used last: at most about one copy of the training
+    images. Raises DataError when the data set cannot be loaded, or cannot be split that often.
     """
     with _explained(f"dataset {dataset!r} for {num_partitions} nodes"):
         rows = partitions(dataset, partitioner, num_partitions, alpha, seed).load_partition(partition_id)
@@ -170,10 +158,7 @@ def load_partition(
 
 @lru_cache(maxsize=4)
 def load_folder(path: str, partition_id: int, seed: int) -> dict[str, Split]:
-    """Load the "train" and the "validation" part of a node's own folder of images.
-
-    Raises DataError when it holds no image-classification data set.
-    """
+    """Load the "train" and the "validation" part of a node's own folder of images. Raises DataError."""
     with _explained(f"data-path {path!r}"):
         splits = _load(path)
         rows = splits["train"] if "train" in splits else next(iter(splits.values()))
@@ -194,10 +179,7 @@ def load_test_split(dataset: str) -> Split:
 def partitions(
     dataset: str, partitioner: str, num_partitions: int, alpha: float, seed: int, *, decoded: bool = True
 ) -> Partitioner:
-    """Return the partitioner of flwr-datasets that holds the training split of a data set.
-
-    https://flower.ai/docs/datasets/ref-api/flwr_datasets.partitioner.html
-    """
+    """Return the partitioner of flwr-datasets that holds the training split of a data set."""
     from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner
 
     splits = _load(dataset)
@@ -255,10 +237,7 @@ def _load(dataset: str) -> datasets.DatasetDict:
 
 
 def _canonical(splits: datasets.DatasetDict) -> datasets.DatasetDict:
-    """Find the image and the label column by their types; call them "image" and "label".
-
-    A lone column of numbers or text beside the images is taken for the labels.
-    """
+    """Find the image and the label column by their types, or a lone other column; rename them."""
     import datasets
 
     features = next(iter(splits.values())).features
@@ -288,9 +267,8 @@ def _canonical(splits: datasets.DatasetDict) -> datasets.DatasetDict:
 def _decode(rows: datasets.Dataset, *, in_memory: bool = False) -> datasets.Dataset:
     """Replace the column "image" by "pixels": the bytes (H, W, C) of the decoded image.
 
-    Images become RGB unless the first hundred are grey, and 32x32 unless the first is 28x28.
-    Hugging Face's cache keeps the result, and all processes and later runs map it into memory, so
-    an image is decoded only once.
+    Images become RGB unless the first hundred are grey, and 32x32 unless the first is 28x28. All
+    processes and later runs share the result through Hugging Face's cache.
     """
     first = rows.with_format(None)[:100]["image"]
     in_channels = 1 if all(image.mode in ("1", "L") for image in first) else 3
@@ -431,10 +409,8 @@ def test(net: nn.Module, data: Split, device: torch.device, batch_size: int = 50
 def normalise(images: Tensor) -> Tensor:
     """Turn uint8 images (N, C, H, W) into floats, each image with mean 0 and variance 1.
 
-    Each image is normalised by itself, as in
-    https://www.tensorflow.org/api_docs/python/tf/image/per_image_standardization: no node knows the
-    mean of the whole data set. An image of one colour becomes 0. The memory format channels_last
-    makes convolutions on a CPU about twice as fast:
+    No node knows the mean of the whole data set. An image of one colour becomes 0. The memory format
+    channels_last makes convolutions on a CPU about twice as fast:
     https://docs.pytorch.org/tutorials/intermediate/memory_format_tutorial.html
     """
     floats = images.to(torch.float32, memory_format=torch.channels_last)
