@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.simulation import LocalSuperLink
+from deploy.local_federation import interrupted_by_signals
 from pytorch_example_low_level.utils import replace_json
 
 Rows = list[dict[str, Any]]  # a run's results.json
@@ -188,4 +189,5 @@ def plot(runs: Mapping[str, Sequence[Rows]], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with interrupted_by_signals():  # so that no process is left behind
+        main()
