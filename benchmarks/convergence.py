@@ -38,6 +38,7 @@ from typing import Any
 import torch
 
 from benchmarks.simulation import LocalSuperLink
+from deploy.local_federation import interrupted_by_signals
 from pytorch_example_low_level import client_app, server_app
 from pytorch_example_low_level.utils import replace_json
 from tests.grid import InProcessGrid, make_context, run_config
@@ -219,4 +220,5 @@ def plot(runs: Mapping[str, Sequence[Rows]], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with interrupted_by_signals():  # so that no process is left behind
+        main()

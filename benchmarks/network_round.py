@@ -21,7 +21,7 @@ from pathlib import Path
 
 from benchmarks.simulation import copy_app, report
 from deploy.cli import family
-from deploy.local_federation import Federation
+from deploy.local_federation import Federation, interrupted_by_signals
 
 PHASES = ("train", "query", "evaluate")
 TIMED_APP = """
@@ -165,4 +165,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with interrupted_by_signals():  # so that no process is left behind
+        main()

@@ -49,6 +49,7 @@ from torch import nn
 
 from benchmarks.simulation import LocalSuperLink, copy_app
 from deploy.cli import PROJECT, FinishedRun
+from deploy.local_federation import interrupted_by_signals
 from pytorch_example_low_level import task
 from pytorch_example_low_level.config import Purpose, RunConfig, random_stream
 from pytorch_example_low_level.messaging import Node
@@ -119,8 +120,8 @@ def send_and_look(grid, messages):
 def main(grid, context):
     cfg = context.run_config
     # As many arrays as the app's model has, and as many numbers.
-    values = np.zeros(cfg["parameters"] // 8, dtype=np.float32)
-    arrays = ArrayRecord({f"{i}": Array(values) for i in range(8)})
+    values = np.zeros(cfg["parameters"] // 12, dtype=np.float32)
+    arrays = ArrayRecord({f"{i}": Array(values) for i in range(12)})
     def exchange(kind, count):
         started = time.monotonic()
         nodes = [connected[i] for i in sorted(draw(range(len(connected)), count))]
@@ -165,7 +166,7 @@ trained = 10
 asked = 50
 evaluated = 25
 rounds = 3
-parameters = 80202
+parameters = 80298
 send-and-receive = false
 """
 
@@ -254,7 +255,7 @@ def floor_worker(mine: Any, shared: Any, done: Any, setting: Setting) -> None:
         net = task.make_model(test_split.in_channels, classes)
         if setting.width != 128:
             net.fc1, net.fc2 = nn.Linear(32 * 4 * 4, setting.width), nn.Linear(setting.width, classes)
-        return net.to(memory_format=torch.channels_last)
+        return net
 
     while (pieces := mine.get()) is not None:
         tensors = {piece: split(*piece) for piece in pieces}
@@ -670,4 +671,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with interrupted_by_signals():  # so that no process is left behind
+        main()
