@@ -85,10 +85,19 @@ def test_the_number_of_the_last_round_needs_no_wait(monkeypatch):
     assert wait(Registering(5), before=5) == 5
 
 
-def test_too_few_nodes_are_one_clear_error():
-    said = r"Only 1 nodes are connected after 0\.1 s, and min-available-nodes is 2\. Start more nodes, wait longer"
+def test_too_few_nodes_are_one_clear_error(monkeypatch):
+    now = 0.0
+
+    def sleep(seconds):
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr(server_app, "time", SimpleNamespace(monotonic=lambda: now, sleep=sleep))
+    monkeypatch.setattr(server_app, "SETTLE", 0.5)
+    said = r"Only 1 nodes are connected after 12 s, and min-available-nodes is 2\. Start more nodes, wait longer"
     with pytest.raises(UserError, match=said):
-        wait(Registering(1), node_wait_timeout=0.1)
+        wait(Registering(1), node_wait_timeout=12.0)
+    assert 12 <= now <= 12.5
 
 
 def test_waiting_for_nodes_is_logged_every_five_seconds(monkeypatch, caplog):
