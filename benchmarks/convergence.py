@@ -1,4 +1,4 @@
-"""How well the app learns: many seeds of the real `flwr run`, as table, plot and JSON.
+"""How well the app learns: many seeds, as table, plot and JSON.
 
     python -m benchmarks.convergence --seeds 10 --jobs 2 --out results/fashion_mnist \
         --run-config "dataset='/absolute/path/fashion_mnist'"
@@ -6,6 +6,10 @@
 `--run-config` and `--nodes` are those of the runs; all else is the app's default. Several
 `--vary "key=value ..."` compare settings side by side, such as `--vary dirichlet-alpha=0.1 --vary
 dirichlet-alpha=100.0`.
+
+Each seed is a `flwr run`. With `--in-process` ServerApp and nodes share one process instead, which has
+the same bits and saves the start-up. Its nodes answer as soon as they are asked, so set
+`query-max-delay=0.0` with it.
 
 OUT.json is written after every run. The same command continues where it was interrupted, and does
 only the seeds that OUT.json lacks. `--jobs 2` does two runs at the same time: a run spends most of
@@ -16,20 +20,27 @@ the curves, not the best round.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import logging
 import re
 import statistics
 import tempfile
 import time
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from datetime import timedelta
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.simulation import LocalSuperLink
+from pytorch_example_low_level import client_app, server_app
 from pytorch_example_low_level.utils import replace_json
+from tests.grid import InProcessGrid, make_context, run_config
 
 Rows = list[dict[str, Any]]  # a run's results.json
 Runs = dict[str, dict[str, Rows]]  # variant -> seed, as text for JSON -> rows
@@ -49,6 +60,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10, help="number of seeds, from 0 (default: %(default)s)")
     parser.add_argument("--nodes", type=int, default=50, help="simulated nodes (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time (default: %(default)s)")
+    parser.add_argument("--in-process", action="store_true", help="without Flower's engine: the same bits, sooner")
     parser.add_argument("--run-config", default="", help="as for `flwr run`")
     parser.add_argument("--vary", action="append", default=[], metavar="KEY=VALUE", help="one curve for each")
     parser.add_argument("--out", type=Path, required=True, help="OUT.json and OUT.png are written")
@@ -64,9 +76,16 @@ def main() -> None:
 
     missing = [(name, seed) for seed in range(args.seeds) for name in variants if str(seed) not in runs[name]]
     if missing:
-        with tempfile.TemporaryDirectory() as home, LocalSuperLink(Path(home)) as superlink:
+        with contextlib.ExitStack() as stack:
+            if args.in_process:
+                pool = stack.enter_context(ProcessPoolExecutor(args.jobs, get_context("spawn")))
+            else:
+                home = stack.enter_context(tempfile.TemporaryDirectory())
+                superlink = stack.enter_context(LocalSuperLink(Path(home)))
 
             def run(name: str, seed: int) -> Rows:
+                if args.in_process:
+                    return pool.submit(run_in_process, args.nodes, variants[name] | {"seed": seed}).result()
                 finished = superlink.run(nodes=args.nodes, timeout=7200, **variants[name] | {"seed": seed})
                 if finished.status != "finished:completed":
                     raise SystemExit(f"{name} seed {seed} ended with {finished.status}:\n{finished.log[-3000:]}")
@@ -83,6 +102,18 @@ def main() -> None:
     for name, results in wanted.items():
         print(f"\n{name or 'All rounds'}\n\n{table(results)}")
     plot(wanted, args.out.with_name(f"{args.out.name}.png"))
+
+
+def run_in_process(nodes: int, settings: dict[str, Any]) -> Rows:
+    """Do one run on the in-process Grid of the tests; return the rows of its results.json."""
+    torch.set_num_threads(1)
+    logging.getLogger("flwr").setLevel(logging.WARNING)
+    with tempfile.TemporaryDirectory() as outputs:
+        config = run_config() | {"output-dir": outputs} | settings
+        server_app.main(InProcessGrid(client_app.app, config, nodes), make_context(config))
+        (results,) = Path(outputs).glob("*/*/results.json")
+        rows: Rows = json.loads(results.read_text())
+    return rows
 
 
 def parse_settings(text: str) -> dict[str, Any]:

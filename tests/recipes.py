@@ -26,6 +26,7 @@ PACKAGE = "pytorch_example_low_level"
 TEXT = (PROJECT / "docs" / "recipes.md").read_text()
 BLOCK = re.compile(r"<!-- ([\w-]+): ([\w./]+) -->\n+```(\w+)\n(.*?)```", re.DOTALL)
 numbers = itertools.count()
+copies = tempfile.TemporaryDirectory(prefix="recipes-")  # goes when this process ends
 
 
 def blocks(recipe: str) -> list[tuple[str, str, str]]:
@@ -87,7 +88,7 @@ def changed_app(*recipes: str) -> SimpleNamespace:
 
 @functools.cache
 def _copy(recipes: tuple[str, ...]) -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="recipe-"))
+    folder = Path(copies.name, f"copy-{next(numbers)}")
     shutil.copytree(PROJECT / PACKAGE, folder / PACKAGE, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(PROJECT / "pyproject.toml", folder)
     for recipe in recipes:

@@ -12,8 +12,10 @@ import pytest
 import torch
 from flwr.app import Message, MessageType, MetricRecord, RecordDict
 
+from benchmarks.simulation import LocalSuperLink, copy_app
+from tests.conftest import same_bits
 from tests.grid import InProcessGrid
-from tests.recipes import BLOCK, TEXT, PacedGrid, blocks, changed_app, run
+from tests.recipes import BLOCK, TEXT, PacedGrid, apply, blocks, changed_app, run
 
 TINY = {
     "partitioner": "iid",
@@ -25,25 +27,13 @@ TINY = {
 }
 
 
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory) -> str:
-    """120 images to train and 40 to test, of Fashion-MNIST's ten classes."""
-    import datasets
-
-    folder = tmp_path_factory.mktemp("tiny-recipes")
-    bundled = datasets.load_dataset(str(Path(__file__).parent.parent / "fashion_mnist_sample"))
-    for split, count in (("train", 120), ("test", 40)):
-        bundled[split].shuffle(seed=0).select(range(count)).to_parquet(folder / "data" / f"{split}.parquet")
-    return str(folder)
-
-
 @pytest.fixture
-def try_out(tiny, tmp_path):
+def try_out(tiny_dataset, tmp_path):
     """Run an app; return its grid, the rows of results.json, the final model and the run directory."""
 
     def try_out(app: SimpleNamespace, grid: InProcessGrid | None = None, **overrides) -> SimpleNamespace:
         settings = {key.replace("_", "-"): value for key, value in overrides.items()}
-        config = TINY | {"dataset": tiny, "output-dir": str(tmp_path / "outputs")} | settings
+        config = TINY | {"dataset": tiny_dataset, "output-dir": str(tmp_path / "outputs")} | settings
         grid = run(app, config, grid)
         made = [path.parent for path in (tmp_path / "outputs").glob("*/*/results.json")]
         directory = max(made, key=lambda path: (path / "results.json").stat().st_mtime_ns)
@@ -61,10 +51,6 @@ def trained(grid: InProcessGrid) -> dict[str, list[int]]:
         if message.metadata.message_type == MessageType.TRAIN:
             partitions.setdefault(message.metadata.group_id, []).append(grid.partition(message.metadata.dst_node_id))
     return partitions
-
-
-def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def untimed(rows: list[dict]) -> list[dict]:
@@ -380,6 +366,21 @@ def test_each_node_keeps_a_head_of_its_own(try_out):
     assert not torch.equal(heads[0], heads[1])
     assert all(0 <= row["federated_evaluate_personal_accuracy"] <= 1 for row in done.rows[1:])
     assert done.rows[0]["federated_evaluate_personal_accuracy"] is None
+
+
+@pytest.mark.e2e
+def test_flower_keeps_the_heads_from_message_to_message(tiny_dataset, tmp_path):
+    app = copy_app(tmp_path / "app")
+    apply("personal-head", app)
+    settings = {"dirichlet_alpha": 0.1, "local_epochs": 5, "fraction_clients_train": 1.0, "opt_in_probability": 1.0}
+    with LocalSuperLink(tmp_path / "flower") as superlink:
+        done = superlink.run(
+            nodes=3, app=app, dataset=tiny_dataset, use_wandb=False, query_timeout=60.0, query_max_delay=0.0, **settings
+        )
+    assert done.status == "finished:completed", done.log
+    last = done.results[-1]
+    assert last["evaluate_received"] == 3
+    assert last["federated_evaluate_personal_accuracy"] > last["federated_evaluate_accuracy"]
 
 
 # --------------------------------------------------------------------------- 10. Stop early

@@ -1,20 +1,24 @@
-"""Schedules, files that are replaced whole, the run directory and the plot."""
+"""Schedules, random streams, files that are replaced whole, the run directory, the plot and W&B."""
 
+import itertools
 import json
 import os
 import resource
-import struct
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from pytorch_example_low_level import server_app, utils
-from pytorch_example_low_level.config import RunConfig, UserError
+from pytorch_example_low_level.config import Purpose, RunConfig, UserError, random_stream
 from tests.conftest import results, wait_for
 from tests.grid import PROJECT, make_context, run_config
+from tests.wandb_files import history_of, records_of
 
 
 def config(**overrides) -> RunConfig:
@@ -29,25 +33,60 @@ def test_the_learning_rate_is_a_step_decay():
     assert utils.learning_rate(default, 10) < utils.learning_rate(default, 1)  # it shows in a default run
 
 
-def test_random_streams_are_repeatable_and_differ_in_each_part():
-    def draw(*path) -> float:
-        return utils.random_stream(*path).random()
-
-    here = (42, utils.Purpose.TRAIN, 3, 7)
-    assert draw(*here) == draw(*here)
-    others = [(43, *here[1:]), (42, utils.Purpose.QUERY, 3, 7), (42, utils.Purpose.TRAIN, 7, 3), (*here[:3], 2**63)]
-    assert len({draw(*path) for path in (here, *others)}) == 5
-
-
 def test_stopwatch_laps_and_tells_the_time_left(monkeypatch):
-    times = iter([0.0, 2.0, 5.0, 6.0, 6.5, 10.0, 20.0])
+    times = iter([0.0, 2.0, 5.0, 6.0, 6.5, 10.0, 13.5, 20.0, 40.0])
     monkeypatch.setattr(utils.time, "monotonic", lambda: next(times))
     watch = utils.Stopwatch()
     watch.start()
     assert [watch.lap(), watch.lap(), watch.lap(), watch.total()] == [2.0, 3.0, 1.0, 6.5]
-    row = {"seconds_total": 6.5, "seconds_train": 2.0, "seconds_query": 3.0, "seconds_evaluate": 1.0}
-    expected = "Round took 6.5 s (TRAIN 2.0, QUERY 3.0, EVALUATE 1.0); about 0:01:05 left"
+    row = {f"seconds_{name}": None for name in ("nodes", "train", "central", "query", "evaluate")}
+    row |= {"seconds_total": 6.5, "seconds_nodes": 1.0, "seconds_train": 2.0, "seconds_central": 3.0}
+    expected = "Round took 6.5 s (nodes 1.0, train 2.0, central 3.0); about 0:01:05 left"
     assert watch.summary(row, rounds_left=10) == expected
+    for _ in range(2):  # rounds of 3.5 and 20 s: the median is 6.5
+        watch.start()
+        watch.total()
+    assert watch.summary(row, rounds_left=2).endswith("about 0:00:13 left")
+
+
+def test_mean_and_standard_deviation_are_weighted():
+    assert utils.weighted_mean_std([1.0, 3.0], [1, 3]) == (2.5, pytest.approx(0.75**0.5))
+    assert utils.weighted_mean_std([4.0], [7]) == (4.0, 0.0)
+    assert utils.weighted_mean_std([], []) == (None, None)
+
+
+def test_the_best_round_is_the_first_with_the_highest_accuracy():
+    state = utils.ServerState({})
+    accuracies = [0.0, 0.5, 0.5, 0.4, 0.6]
+    assert [state.note_best({"round": r, "centralized_accuracy": a}) for r, a in enumerate(accuracies)] == [
+        True, True, False, False, True
+    ]  # fmt: skip
+    assert (state.best_round, state.best_accuracy) == (4, 0.6)
+
+
+# -------------------------------------------------------------------------- Random streams
+
+
+def test_streams_of_different_purposes_never_coincide():
+    paths = [(p, r, n) for p in Purpose for r in (*range(6), 10**6) for n in (*range(6), 2**62, 2**64 - 1)]
+    seen = {tuple(random_stream(42, *path).integers(2**63, size=2)) for path in paths}
+    seen |= {tuple(random_stream(seed, Purpose.TRAIN, 1, 1).integers(2**63, size=2)) for seed in (0, 43, 2**63 - 1)}
+    words = [42, *([42, *path] for path in itertools.product(range(6), repeat=3)), [42, 0], [42, 0, 0]]
+    others = {tuple(np.random.default_rng(word).integers(2**63, size=2)) for word in words}
+    assert len(seen) == len(paths) + 3
+    assert len(others) == len(words) - 3  # NumPy pads words with zeros, so (42, 0) and (42, 0, 0) do coincide
+    assert not seen & others
+
+
+def test_streams_are_repeatable_and_differ_in_each_part():
+    def draw(*path) -> float:
+        return random_stream(*path).random()
+
+    here = (42, Purpose.TRAIN, 3, 7)
+    assert draw(*here) == draw(*here)
+    others = [(43, *here[1:]), (42, Purpose.QUERY, 3, 7), (42, Purpose.TRAIN, 7, 3), (*here[:3], 2**63)]
+    assert len({draw(*path) for path in (here, *others)}) == 5
+    assert draw(42, Purpose.SPLIT) == draw(42, Purpose.SPLIT, 0, 0)
 
 
 # ---------------------------------------------------------------------------------- Files
@@ -61,39 +100,67 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
         file.write(b"[1, 2")
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(UserError, match=r"Cannot write .*results\.json: No space left on device"):
+    with pytest.raises(UserError, match=r"Cannot write .*results\.json: .*No space left on device.*untouched"):
         utils.replace_file(path, fails_half_way)
     assert json.loads(path.read_text()) == [1]
     assert [p.name for p in tmp_path.iterdir()] == ["results.json"]  # and nothing is left beside it
 
 
-def test_json_has_no_nan(tmp_path):
-    with pytest.raises(ValueError, match="JSON"):
-        utils.replace_json(tmp_path / "x.json", [float("nan")])
-    assert not (tmp_path / "x.json").exists()
+@pytest.mark.parametrize("system", ["posix", "nt"])
+def test_a_file_and_its_folder_survive_a_power_cut(tmp_path, monkeypatch, system):
+    """The file is on the disk before it gets its name, and the name before the function returns."""
+    path, done = tmp_path / "x.json", []
+    folders: list[int] = []
+    real = {name: getattr(os, name) for name in ("fsync", "open", "close", "replace")}
+
+    def fsync(descriptor):
+        inode = os.fstat(descriptor).st_ino
+        what = "folder" if inode == tmp_path.stat().st_ino else "file"
+        if what == "file":
+            assert (tmp_path / ".x.json.part").read_text() == "[1]\n".replace("[1]", "[\n  1\n]")  # it was flushed
+            assert inode == (tmp_path / ".x.json.part").stat().st_ino
+        done.append((what, path.exists()))
+        real["fsync"](descriptor)
+
+    def opened(name, *args):
+        assert system == "posix", "Windows cannot open a folder"
+        folders.append(real["open"](name, *args))
+        return folders[-1]
+
+    # Not os.name itself, by which pathlib chooses its classes.
+    fake = SimpleNamespace(**{name: getattr(os, name) for name in ("O_RDONLY", "close")})
+    fake.name, fake.fsync, fake.open = system, fsync, opened
+    monkeypatch.setattr(utils, "os", fake)
+    utils.replace_json(path, [1])
+    assert done == [("file", False), ("folder", True)][: 2 if system == "posix" else 1]
+    for descriptor in folders:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(descriptor)
 
 
-def test_a_file_size_limit_is_one_clear_error_and_the_old_checkpoint_stays(tmp_path):
-    """As on a full disk: the system refuses to write on."""
-    script = f"""
-import resource, signal, sys, torch
-from pathlib import Path
-from pytorch_example_low_level import utils
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-path = Path({str(tmp_path / "last.pt")!r})
-utils.replace_checkpoint(path, {{"w": torch.ones(10)}})
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-try:
-    utils.replace_checkpoint(path, {{"w": torch.ones(100_000)}})
-except utils.UserError as error:
-    print(error)
-"""
-    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=PROJECT, check=True)
-    assert "Cannot write" in out.stdout
-    assert "File too large" in out.stdout
-    assert torch.equal(utils.load_checkpoint(tmp_path / "last.pt")["w"], torch.ones(10))
+def test_json_is_readable_and_has_no_nan(tmp_path):
+    utils.replace_json(tmp_path / "x.json", {"name": "Schuhgröße"})
+    assert (tmp_path / "x.json").read_text() == '{\n  "name": "Schuhgröße"\n}\n'
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="JSON"):
+            utils.replace_json(tmp_path / "y.json", [value])
+    assert not (tmp_path / "y.json").exists()
+
+
+def test_a_full_disk_is_one_clear_error_and_the_old_file_stays(tmp_path):
+    """As on a full disk: the system refuses to write on. torch.save raises a RuntimeError then."""
+    path = tmp_path / "last.pt"
+    utils.replace_file(path, lambda file: torch.save({"w": torch.ones(10)}, file))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(UserError) as error:
+            utils.replace_file(path, lambda file: torch.save({"w": torch.ones(100_000)}, file))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert str(error.value) == f"Cannot write {path}: [Errno 27] File too large. What was there before is untouched."
+    assert torch.equal(utils.load_checkpoint(path)["w"], torch.ones(10))
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
-    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 100_000
 
 
 class Evil:
@@ -102,10 +169,9 @@ class Evil:
 
 
 def test_a_checkpoint_with_code_in_it_is_refused(tmp_path):
-    path = tmp_path / "last.pt"
-    torch.save({"w": Evil()}, path)
+    torch.save({"w": Evil()}, tmp_path / "last.pt")
     with pytest.raises(UserError, match="more than data"):
-        utils.load_checkpoint(path)
+        utils.load_checkpoint(tmp_path / "last.pt")
     assert not Path("/tmp/pwned").exists()
 
 
@@ -114,129 +180,319 @@ def test_what_is_no_checkpoint_is_one_clear_error(tmp_path, content):
     (tmp_path / "last.pt").write_bytes(content)
     with pytest.raises(UserError, match="not a checkpoint"):
         utils.load_checkpoint(tmp_path / "last.pt")
-    with pytest.raises(UserError, match="no checkpoint"):
+    with pytest.raises(UserError, match="There is no checkpoint"):
         utils.load_checkpoint(tmp_path / "none.pt")
+
+
+def recorder(tmp_path, **state) -> utils.Recorder:
+    (tmp_path / "checkpoints").mkdir()
+    return utils.Recorder(tmp_path, config(use_wandb=False), utils.ServerState(**state), {"seed": 1}, ["a", "b"])
+
+
+def test_writing_a_checkpoint_does_not_copy_the_model(tmp_path):
+    tensor = torch.ones(10_000_000)
+    one = recorder(tmp_path, model={"w": tensor}, best_round=0, best_accuracy=0.0)
+
+    def peak() -> float:
+        (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+        return int(line.split()[1]) / 1024
+
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: begin to measure the peak anew
+    before = peak()
+    one.commit(utils.new_row(0))
+    assert peak() - before < 20  # MB, of 40
+    assert one.state.model["w"] is tensor
+    assert {p.stat().st_size // 10**6 for p in (tmp_path / "checkpoints").iterdir()} == {40}
 
 
 # -------------------------------------------------------------------------- Run directory
 
 
-def test_runs_that_begin_in_the_same_second_have_a_directory_each(tmp_path):
-    paths = [utils._make_run_directory(config(output_dir=str(tmp_path))).path for _ in range(5)]
-    assert len(set(paths)) == 5
-    assert all(p.is_absolute() and (p / "checkpoints").is_dir() for p in paths)
+def test_runs_that_begin_in_the_same_second_have_a_directory_each(tmp_path, monkeypatch):
+    class Clock(utils.datetime):
+        @classmethod
+        def now(cls):
+            return cls(2026, 1, 2, 3, 4, 5)
+
+    monkeypatch.setattr(utils, "datetime", Clock)
+    monkeypatch.chdir(tmp_path)
+    paths = [utils.make_directory(config()) for _ in range(3)]
+    assert paths == [tmp_path / "outputs" / "2026-01-02" / f"03-04-05{suffix}" for suffix in ("", "-2", "-3")]
+    assert all((p / "checkpoints").is_dir() for p in paths)
 
 
 def test_an_output_directory_that_cannot_be_used_is_one_clear_error(tmp_path):
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/nothing")):
-        with pytest.raises(UserError, match="output-dir: "):
-            utils._make_run_directory(config(output_dir=str(folder)))
+        with pytest.raises(UserError, match=rf"output-dir: cannot make {folder}/.*; allowed: a folder that can be"):
+            utils.make_directory(config(output_dir=str(folder)))
 
 
-def test_the_plot_shows_both_curves_and_the_spread_even_where_rounds_are_missing():
-    rows = [utils.new_row(r) | {"centralized_accuracy": r / 10, "centralized_loss": 1.0} for r in range(4)]
-    rows[2] |= {f"federated_evaluate_{n}{s}": 0.5 for n in ("accuracy", "loss") for s in ("", "_std")}
-    rows[2] |= {f"federated_evaluate_accuracy_{k}": v for k, v in (("min", 0.3), ("p10", 0.4), ("median", 0.45))}
-    for results_so_far in (rows, rows[:1], []):
-        left, right = utils.plot_results(results_so_far).axes
-        assert left.get_ylabel() == "accuracy"
-        assert right.get_ylabel() == "loss (cross-entropy)"
-        assert left.get_xlabel() == right.get_xlabel() == "round"
-    left = utils.plot_results(rows).axes[0]
-    assert left.lines[0].get_ydata().tolist() == [0.0, 0.1, 0.2, 0.3]
-    assert left.lines[1].get_xdata().tolist() == [2.0]
-    assert [line.get_ydata().tolist() for line in left.lines[2:]] == [[0.45], [0.4], [0.3]]
-    assert len(left.get_legend().get_texts()) == 6
+def test_a_home_directory_may_be_written_as_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert utils.make_directory(config(output_dir="~/runs")).is_relative_to(tmp_path / "runs")
+
+
+# ----------------------------------------------------------------------------------- Locks
+
+OTHER = """
+import os, sys, time
+from pathlib import Path
+sys.modules["torchvision"] = None  # an import would raise
+from pytorch_example_low_level import server_app, task, utils
+task.load_test_split(sys.argv[1])
+print("early:", sorted({"flwr_datasets", "matplotlib", "torch._dynamo", "wandb"} & sys.modules.keys()), flush=True)
+from tests.conftest import App
+server_app.SETTLE = 0.01
+app = App(sys.argv[1], Path(sys.argv[2]))
+app.run(num_server_rounds=1)
+print("run:", "wandb" in sys.modules, flush=True)
+real = utils.log_to_wandb
+def log_and_wait(run, row, *args):
+    real(run, row, *args)
+    if row["round"] == 2:
+        print(app.latest(), flush=True)
+        time.sleep(100)
+utils.log_to_wandb = log_and_wait
+app.run(num_server_rounds=3, use_wandb=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def other(tiny_dataset, tmp_path_factory):
+    """Another process: it runs the app without W&B and then with it, and stops in round 2. What it says, and its id."""
+    env = {key: value for key, value in os.environ.items() if key != "WANDB_SERVICE"}  # as if started by itself
+    process = subprocess.Popen(
+        [sys.executable, "-c", OTHER, tiny_dataset, str(tmp_path_factory.mktemp("other"))],
+        cwd=PROJECT, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    try:
+        yield process, [process.stdout.readline().strip() for _ in range(3)]
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_what_takes_long_to_import_and_is_not_needed_is_not_imported(other):
+    """A test split needs neither flwr-datasets nor PyTorch's compiler, and only a run with W&B imports it."""
+    assert other[1][:2] == ["early: []", "run: False"]
+
+
+def test_a_second_run_is_refused_until_the_first_is_killed(app, quick_plot, other):
+    first, said = other
+    directory = Path(said[2])
+    app.defaults["output_dir"] = str(directory.parent.parent)
+    settings = {"num_server_rounds": 3, "use_wandb": True, "resume_from": str(directory)}
+    before = {p: p.read_bytes() for p in directory.rglob("*.[jp]*")}
+    with pytest.raises(UserError) as error:
+        app.run(**settings)
+    assert f"resume-from: {directory} is in use by run 1 (process {first.pid} on " in str(error.value)
+    assert str(error.value).endswith("To stop it: flwr stop 1")
+    assert {p: p.read_bytes() for p in directory.rglob("*.[jp]*")} == before
+
+    first.kill()
+    first.wait()
+    assert (directory / ".lock").exists()
+    assert [row["round"] for row in results(directory)] == [0, 1, 2]
+    wandb_id = torch.load(directory / "checkpoints" / "last.pt", weights_only=True)["state"]["wandb_id"]
+    app.run(**settings)
+    assert [row["round"] for row in results(directory)] == [0, 1, 2, 3]
+    assert f"process {os.getpid()} on" in (directory / ".holder").read_text()
+
+    # W&B writes its own file every 15 s, and so the resumed run logs all rounds again.
+    folder = wandb_folder(directory)
+    assert folder.name.endswith(wandb_id)
+    for logged, expected in zip(own(history_of(folder)), expected_history(directory), strict=True):
+        assert logged == expected
+
+
+def test_a_lock_is_released_when_a_run_ends_or_fails(tmp_path):
+    for _ in range(2):
+        with pytest.raises(KeyError), utils.locked(tmp_path, 1):
+            with pytest.raises(UserError, match="in use by run 1 "), utils.locked(tmp_path, 2):
+                pass
+            raise KeyError
+    (tmp_path / ".holder").unlink()
+    with utils.locked(tmp_path, 3):
+        (tmp_path / ".holder").unlink()
+        with pytest.raises(UserError, match="in use by another run"), utils.locked(tmp_path, 4):
+            pass
+
+
+@pytest.mark.parametrize("error", [NotImplementedError("flock"), OSError(37, "No locks available")])
+def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, caplog, error):
+    def acquire(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(utils.FileLock, "acquire", acquire)
+    with utils.locked(tmp_path, 5):
+        assert "flwr stop 5" in (tmp_path / ".holder").read_text()
+    (warning,) = caplog.records
+    assert f"This file system has no locks ({error}): make sure that no other run uses {tmp_path}." in warning.message
+
+
+def test_a_directory_that_is_not_there_is_one_clear_error(tmp_path):
+    with pytest.raises(UserError, match="resume-from: there is no directory"), utils.locked(tmp_path / "none", 1):
+        pass
+
+
+# -------------------------------------------------------------------------------- The plot
+
+
+def rows_with(**columns: list) -> list[dict]:
+    count = len(next(iter(columns.values())))
+    return [utils.new_row(r) | {key: values[r] for key, values in columns.items()} for r in range(count)]
+
+
+def test_the_plot_shows_the_curves_and_leaves_out_what_is_null():
+    n = None
+    rows = rows_with(
+        centralized_accuracy=[0.0, 0.1, 0.2, 0.3],
+        centralized_loss=[2.0, n, 1.0, 0.5],
+        federated_evaluate_accuracy=[n, n, 0.5, 0.6],
+        federated_evaluate_accuracy_std=[n, n, 0.1, 0.2],
+        federated_evaluate_accuracy_median=[n, n, 0.45, 0.55],
+        federated_evaluate_accuracy_p10=[n, n, 0.4, 0.5],
+        federated_evaluate_accuracy_min=[n, n, 0.3, 0.2],
+        federated_evaluate_loss=[n, n, 1.5, 1.25],
+        federated_evaluate_loss_std=[n, n, 0.5, 0.25],
+    )
+    left, middle, right = utils.plot_results(rows, []).axes
+    assert [axes.get_xlabel() for axes in (left, middle, right)] == ["round"] * 3
+    assert (left.get_ylabel(), middle.get_ylabel()) == ("accuracy", "loss (cross-entropy)")
+    curves = [[line.get_xdata().tolist(), line.get_ydata().tolist()] for line in left.lines]
+    assert curves == [
+        [[0, 1, 2, 3], [0.0, 0.1, 0.2, 0.3]],
+        [[2, 3], [0.5, 0.6]],
+        [[2, 3], [0.45, 0.55]],
+        [[2, 3], [0.4, 0.5]],
+        [[2, 3], [0.3, 0.2]],
+    ]
+    curves = [[line.get_xdata().tolist(), line.get_ydata().tolist()] for line in middle.lines]
+    assert curves == [[[0, 2, 3], [2.0, 1.0, 0.5]], [[2, 3], [1.5, 1.25]]]
+    bands = [axes.collections[0].get_paths()[0].get_extents() for axes in (left, middle)]
+    assert [[*band.intervalx, *band.intervaly] for band in bands] == [
+        pytest.approx([2, 3, 0.4, 0.8]),
+        pytest.approx([2, 3, 1.0, 2.0]),
+    ]
+    labels = [text.get_text() for text in left.get_legend().get_texts()]
+    assert labels == [
+        "central (test split)", "federated mean (opted-in nodes)", "± 1 std over nodes",
+        "median node", "10th percentile", "worst node",
+    ]  # fmt: skip
+    assert len({(line.get_linestyle(), line.get_marker(), line.get_color()) for line in left.lines}) == 5
+
+
+def test_the_plot_shows_the_accuracy_of_each_class():
+    table = [None, [0.0, None, 0.5], [0.25, None, 1.0]]
+    _, _, right, bar = utils.plot_results(rows_with(centralized_accuracy_per_class=table), ["a", "b", "c"]).axes
+    (image,) = right.images
+    assert image.get_array().filled(-1).tolist() == [[0.0, 0.25], [-1, -1], [0.5, 1.0]]  # classes over rounds
+    assert tuple(image.get_extent()) == (0.5, 2.5, 2.5, -0.5)  # each class and each round has a field of size 1
+    assert image.get_clim() == (0, 1)
+    assert [text.get_text() for text in right.get_yticklabels()] == ["a", "b", "c"]
+    assert bar.get_ylabel() == "accuracy"
+    many = [str(number) for number in range(31)]
+    figure = utils.plot_results(rows_with(centralized_accuracy_per_class=[[0.5] * 31]), many)
+    assert len(figure.axes[2].get_yticks()) < 31
+
+
+def test_the_plot_is_drawn_while_a_run_goes_on(tmp_path, monkeypatch):
+    """At most every 30 s, since it takes a moment."""
+    one = recorder(tmp_path, model={})
+    now = one._drawn_at
+    monkeypatch.setattr(utils.time, "monotonic", lambda: now)
+    drawn = []
+    monkeypatch.setattr(utils.Recorder, "draw", lambda self: drawn.append(now) or setattr(self, "_drawn_at", now))
+    start = now
+    for server_round, now in enumerate([start + 10, start + 31, start + 40, start + 62]):  # noqa: B007
+        one.commit(utils.new_row(server_round))
+    assert [at - start for at in drawn] == [31, 62]
+
+
+def test_the_file_of_the_plot_is_a_picture(tmp_path):
+    from PIL import Image
+
+    one = recorder(tmp_path, model={}, results=rows_with(centralized_accuracy=[0.1, 0.2]))
+    one.draw()
+    with Image.open(tmp_path / "metrics.png") as picture:
+        assert picture.format == "PNG"
+        assert picture.size == (1920, 540)
+
+
+def test_a_plot_that_fails_is_a_warning(tmp_path, monkeypatch, caplog):
+    def fail(*args):
+        raise MemoryError("no memory\nat all")
+
+    monkeypatch.setattr(utils, "plot_results", fail)
+    recorder(tmp_path, model={}).draw()
+    assert [r.getMessage() for r in caplog.records] == ["The plot cannot be drawn: no memory"]
+    assert not (tmp_path / "metrics.png").exists()
 
 
 # ----------------------------------------------------------------------- Weights & Biases
 
 
-def test_what_takes_long_to_import_and_is_not_needed_is_not_imported(tiny_dataset, tmp_path):
-    """Without W&B not W&B; for training not PyTorch's compiler, for the server not flwr-datasets."""
-    script = f"""
-import sys
-from pathlib import Path
-for name in ("wandb", "torch._dynamo", "torchvision"):
-    sys.modules[name] = None  # an import would raise
-from pytorch_example_low_level import task
-task.load_test_split({tiny_dataset!r})
-assert "flwr_datasets" not in sys.modules
-from tests.conftest import App
-directory = App({tiny_dataset!r}, Path(sys.argv[1])).run(num_server_rounds=1)
-assert '"train_received": 3' in (directory / "results.json").read_text()
-"""
-    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, cwd=PROJECT, capture_output=True)
+def wandb_folder(directory: Path) -> Path:
+    """The newest offline run, once its file is whole: W&B's process may still write when `finish` has returned."""
+    folder = max((directory / "wandb").glob("offline-run-*"), key=lambda path: path.stat().st_mtime_ns)
+    wait_for(lambda: (records := records_of(folder)) and records[-1].WhichOneof("record_type") == "exit")
+    return folder
 
 
-def test_an_offline_run_holds_configuration_steps_histogram_plot_artifact_and_summary(app, monkeypatch, caplog):
+def expected_history(directory: Path) -> list[dict]:
+    """What results.json has, as W&B should have it."""
+    names = json.loads((directory / "run_config.json").read_text())["class-names"]
+    rows = []
+    for row in results(directory, times=True):
+        per_class = zip(names, row.pop("centralized_accuracy_per_class"), strict=True)
+        row |= {f"accuracy/{name}": accuracy for name, accuracy in per_class}
+        rows.append({key: value for key, value in row.items() if value is not None} | {"_step": row["round"]})
+    return rows
+
+
+def own(history: list[dict]) -> list[dict]:
+    """History without what W&B and the histograms add."""
+    added = ("_runtime", "_timestamp", "client_accuracies")
+    return [{key: value for key, value in values.items() if not key.startswith(added)} for values in history]
+
+
+def test_an_offline_run_holds_all_that_results_json_has(app, quick_plot, caplog):
     caplog.set_level("INFO", logger="flwr")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    directory = app.run(use_wandb=True, opt_in_probability=1.0)
-    (folder,) = (directory / "wandb").glob("offline-run-*")
-    assert [r.message for r in caplog.records if "wandb sync" in r.message] == [
+    settings = {"use_wandb": True, "opt_in_probability": 1.0, "wandb_project": "my-project", "evaluate_every": 2}
+    directory = app.run(num_server_rounds=3, **settings)
+    folder = wandb_folder(directory)
+    assert [r.getMessage() for r in caplog.records if "W&B" in r.getMessage()] == [
         f"📈 W&B is offline. To upload this run later: wandb sync {folder}"
     ]
-    records = read_wandb(folder)
-    history = [
-        {next(iter(i.nested_key), i.key): i for i in r.history.item}
-        for r in records
-        if r.WhichOneof("record_type") == "history"
-    ]
-    rows = results(directory, times=True)
-    for row, items in zip(rows, history, strict=False):
-        assert json.loads(items["_step"].value_json) == row["round"]
-        for key, value in row.items():
-            if value is not None:
-                assert json.loads(items[key].value_json) == value
-    text = "".join(str(r) for r in records)
-    for word in (
-        "client_accuracies",
-        "histogram",
-        "num-server-rounds",
-        "dirichlet-alpha",
-        "best-model-",
-        "low-level-api",
-        "best_centralized_accuracy",
-        "image-file",
-    ):
+    history = history_of(folder)
+    for logged, expected in zip(own(history), expected_history(directory), strict=True):
+        assert logged == expected
+    histograms = [values.get("client_accuracies/values") for values in history]
+    assert histograms[:2] == [None, None]
+    assert [(len(counts), sum(counts)) for counts in histograms[2:]] == [(20, 5)] * 2  # bins, nodes
+
+    records = records_of(folder)
+    text = "".join(map(str, records))
+    for word in ("my-project", "low-level-api", "best_centralized_accuracy", "image-file", "best-model-", "best_round"):
         assert word in text
-    assert any(r.metric.summary.max for r in records if r.WhichOneof("record_type") == "metric")
+    configs = [str(r.run.config) for r in records if r.WhichOneof("record_type") == "run"]
+    assert "num-server-rounds" in configs[0]
+    assert "dirichlet-alpha" in configs[0]
+    (exit_code,) = [r.exit.exit_code for r in records if r.WhichOneof("record_type") == "exit"]
+    assert exit_code == 0
 
 
-def read_wandb(folder: Path) -> list:
-    """Read W&B's own file back, once it is whole: W&B's process may still write when `finish` has returned."""
-    (file,) = folder.glob("run-*.wandb")
-    wait_for(lambda: (records := records_of(file)) and records[-1].WhichOneof("record_type") == "exit")
-    return records_of(file)
+def test_wandb_gets_each_round_that_it_lacks_once():
+    """A resumed run online: W&B says at which step to go on."""
+    logged = []
+    run = SimpleNamespace(step=2, log=lambda values, step, commit: logged.append((values["round"], step, commit)))
+    for row in rows_with(centralized_accuracy_per_class=[[0.5, None]] * 4):
+        utils.log_to_wandb(run, row, (), ["a", "b"])
+    assert logged == [(2, 2, True), (3, 3, True)]
 
 
-def records_of(file: Path) -> list:
-    """Read records in LevelDB's log format, behind a header of 7 bytes.
-
-    https://github.com/google/leveldb/blob/main/doc/log_format.md
-    """
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    data, position, parts, records = file.read_bytes(), 7, b"", []
-    while position + 7 <= len(data):
-        left_in_block = 32768 - position % 32768
-        if left_in_block < 7:  # too small for a header: padding
-            position += left_in_block
-            continue
-        _, length, kind = struct.unpack("<IHB", data[position : position + 7])
-        if position + 7 + length > len(data):
-            break  # not written to its end
-        parts += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):  # whole, or the last part
-            records.append(Record.FromString(parts))
-            parts = b""
-    return records
-
-
-def test_no_credentials_or_network_means_offline_and_never_stops_a_run(app, monkeypatch, caplog):
+def test_no_credentials_or_network_means_offline_and_never_stops_a_run(app, quick_plot, monkeypatch, caplog):
     import wandb
 
     caplog.set_level("INFO", logger="flwr")
@@ -244,20 +500,22 @@ def test_no_credentials_or_network_means_offline_and_never_stops_a_run(app, monk
     real = wandb.init
 
     def refuse(**kwargs):
-        modes.append(kwargs["mode"])
-        if kwargs["mode"] is None:
-            raise wandb.errors.CommError("no network")
+        modes.append(kwargs.get("mode"))
+        if modes[-1] is None:
+            raise wandb.errors.CommError("no network\nat all")
         return real(**kwargs)
 
     monkeypatch.setattr(wandb, "init", refuse)
     directory = app.run(use_wandb=True, num_server_rounds=1)
     assert modes == [None, "offline"]
     assert len(results(directory)) == 2
-    assert any("cannot go online: no network" in r.message for r in caplog.records)
+    said = [r.getMessage() for r in caplog.records if "W&B" in r.getMessage()]
+    assert said[0] == "📈 W&B cannot go online: no network"
+    assert said[1].startswith("📈 W&B is offline.")
 
 
 @pytest.mark.parametrize("step", ["init", "log", "finish"])
-def test_a_failure_of_wandb_is_said_once_and_never_stops_a_run(app, monkeypatch, caplog, step):
+def test_a_failure_of_wandb_is_said_once_and_never_stops_a_run(app, quick_plot, monkeypatch, caplog, step):
     """As when W&B's process has been killed: then the next call raises ConnectionResetError."""
     import wandb
 
@@ -279,19 +537,84 @@ def test_a_failure_of_wandb_is_said_once_and_never_stops_a_run(app, monkeypatch,
     assert said == ["📈 W&B has failed, and the run goes on without it: Connection lost"]
 
 
-def test_a_run_that_fails_closes_wandb_and_keeps_its_files(app, monkeypatch):
-    finished = []
-    monkeypatch.setattr(
-        utils,
-        "finish_wandb",
-        lambda run, directory, state, exit_code: finished.append(exit_code) or run.finish(exit_code),
-    )
+@pytest.mark.parametrize("closing", ["works", "fails"])
+def test_a_failure_while_closing_does_not_hide_what_ended_the_run(app, monkeypatch, caplog, closing):
+    exit_codes = []
+
+    def finish(run, directory, state, exit_code):
+        exit_codes.append(exit_code)
+        if closing == "fails":
+            raise BrokenPipeError("W&B is gone")
 
     def crash(*args):
         raise RuntimeError("crash")
 
+    def fail_to_plot(*args):
+        raise ValueError("no fonts")
+
+    monkeypatch.setattr(utils, "start_wandb", lambda *args: "a run of W&B")
+    monkeypatch.setattr(utils, "log_to_wandb", lambda *args: None)
+    monkeypatch.setattr(utils, "finish_wandb", finish)
     monkeypatch.setattr(server_app, "evaluate", crash)
+    if closing == "fails":
+        monkeypatch.setattr(utils, "plot_results", fail_to_plot)
     with pytest.raises(RuntimeError, match="crash"):
         app.run(use_wandb=True)
-    assert finished == [1]
-    assert [row["round"] for row in results(app.latest())] == [0]
+    assert exit_codes == [1]
+    said = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert len(said) == (2 if closing == "fails" else 0)
+    directory = app.latest()
+    assert [row["round"] for row in results(directory)] == [0]
+    assert (directory / "metrics.png").exists() == (closing == "works")
+    assert not (directory / "final_model.pt").exists()
+
+
+# ------------------------------------------------------------------------------ First model
+
+
+def test_a_run_starts_from_the_model_that_it_is_given(app, quick_plot, tmp_path, caplog):
+    caplog.set_level("INFO", logger="flwr")
+    first = app.run(num_server_rounds=1)
+    path = first / "final_model.pt"
+    second = app.run(num_server_rounds=1, initial_model=str(path))
+    trained, initial = results(first)[1], results(second)[0]
+    for key in ("centralized_accuracy", "centralized_loss", "centralized_accuracy_per_class"):
+        assert initial[key] == trained[key]
+    assert json.loads((second / "run_config.json").read_text())["initial-model"] == str(path)
+    assert f"Starting from the model {path}" in caplog.text
+    path.unlink()  # it is needed no more
+    app.run(num_server_rounds=2, initial_model=str(path), resume_from=str(second))
+    assert len(results(second)) == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ({"w": torch.ones(2)}, "is not a state_dict of this model: .*Missing key"),
+        (nn.Linear(3, 2).state_dict() | {"weight": torch.ones(5, 5)}, "size mismatch for weight: .*5, 5.*2, 3"),
+        ([1, 2], "is not a state_dict of this model"),
+        (torch.ones(2), "is not a state_dict of this model"),
+        (7, "is not a state_dict of this model"),
+        (b"no zip", "is not a checkpoint of this app"),
+        (None, "There is no checkpoint"),
+    ],
+)
+def test_what_is_no_model_of_this_kind_is_one_clear_error(tmp_path, content, reason):
+    path = tmp_path / "model.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    with pytest.raises(UserError, match=reason) as error:
+        utils.load_model(str(path), nn.Linear(3, 2))
+    assert str(path) in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_wrong_first_model_ends_the_run_before_it_begins(app, tmp_path):
+    torch.save(nn.Linear(3, 2).state_dict(), tmp_path / "model.pt")
+    grid = app.grid()
+    with pytest.raises(UserError, match="initial-model: "):
+        app.run(grid, initial_model=str(tmp_path / "model.pt"))
+    assert grid.sent == []
+    assert not Path(app.defaults["output_dir"]).exists()
