@@ -56,8 +56,8 @@ class Registering(InProcessGrid):
         return [node for node in super().get_nodes() if self.partition(node.node_id) < count]
 
 
-def wait(grid, before=None, **overrides) -> int:
-    nodes = wait_for_nodes(grid, config_with(**overrides), before)
+def wait(grid, before=None, *, resumed=True, **overrides) -> int:
+    nodes = wait_for_nodes(grid, config_with(**overrides), before, resumed=resumed)
     assert [grid.partition(node.node_id) for node in nodes] == list(range(len(nodes)))
     return len(nodes)
 
@@ -116,9 +116,11 @@ def test_a_simulation_resumed_with_other_nodes_is_refused():
             wait(Registering(now), before=before)
 
 
-def test_nodes_come_and_go_over_a_network(caplog):
+@pytest.mark.parametrize(("simulated", "resumed"), [(False, True), (False, False), (True, False)])
+def test_other_numbers_of_nodes_are_logged(caplog, simulated, resumed):
+    """Over a network nodes come and go; on a busy machine, the last ones of a simulation register after round 1."""
     caplog.set_level("INFO", logger="flwr")
-    assert wait(Registering(5, simulated=False), before=4) == 5
+    assert wait(Registering(5, simulated=simulated), before=4, resumed=resumed) == 5
     assert info(caplog) == ["5 nodes are connected; there were 4 in the last round."]
 
 
