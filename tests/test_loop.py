@@ -333,6 +333,19 @@ def test_nodes_that_register_while_the_run_starts_take_part(app):
     assert [row["nodes_available"] for row in results(app.run(grid))[1:]] == [5, 5]
 
 
+def test_nodes_that_register_after_round_1_take_part(app):
+    grid = app.grid()
+    late = next(i for i in grid.contexts if grid.partition(i) == 4)
+    grid.connected.discard(late)
+
+    def register(messages):
+        if messages[0].metadata.message_type == MessageType.EVALUATE:
+            grid.connected.add(late)
+
+    grid.before_push = register
+    assert [row["nodes_available"] for row in results(app.run(grid, opt_in_probability=1.0))[1:]] == [4, 5]
+
+
 def test_a_simulation_is_not_resumed_with_other_nodes(app):
     directory = app.run(num_server_rounds=1)
     with pytest.raises(UserError, match=r'The run had 5 simulated nodes, and now there are 6: .*"num-supernodes=5 '):

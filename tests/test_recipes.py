@@ -61,11 +61,11 @@ def interrupted(app: SimpleNamespace, after: int, monkeypatch) -> None:
     """Let the next run of the app fail when it begins the round after this one."""
     wait = app.server_app.wait_for_nodes
 
-    def fail(grid, config, before):
+    def fail(grid, *args, **kwargs):
         rounds = {message.metadata.group_id for message in grid.sent}
         if str(after) in rounds:
             raise KeyboardInterrupt
-        return wait(grid, config, before)
+        return wait(grid, *args, **kwargs)
 
     monkeypatch.setattr(app.server_app, "wait_for_nodes", fail)
 
