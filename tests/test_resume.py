@@ -1,145 +1,209 @@
-"""A run that stops and goes on ends with the bits of one that never stopped."""
+"""A run that stops and goes on is bit-identical to one that never stopped."""
 
+import itertools
 import json
 import shutil
-import signal
-import threading
-from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from flwr.app import MessageType
+from PIL import Image
+from torch import nn
 
-from pytorch_example_low_level import client_app, server_app, utils
+from pytorch_example_low_level import client_app, task, utils
 from pytorch_example_low_level.config import UserError
-from tests.conftest import load_test_split_once, model, results, same_bits
+from tests.conftest import App, load_test_split_once, model, results, same_bits
 
 pytestmark = pytest.mark.usefixtures("quick_plot")
 
-ROUNDS = 4
-SETTINGS = {"num_server_rounds": ROUNDS, "lr_decay_every": 2}
+SETTINGS = {
+    "num_server_rounds": 3,
+    "lr_decay_every": 2,
+    "opt_in_probability": 0.8,
+    "augment": True,
+    "learning_rate": 0.3,
+}
 
 
 class Crash(BaseException):
-    """Like a power cut: nothing catches it."""
+    """Like a power cut: nothing catches it, and nothing is written after it."""
 
 
-def crash_at(monkeypatch, app, write: int, half: bool, **overrides):
-    """Run until the `write`-th file is about to be replaced; then stop, with half of it written."""
-    real, count = utils.replace_file, 0
+def crash_at(monkeypatch, app: App, write: int, **overrides) -> bool:
+    """Run until the `write`-th file is half written. Whether the run got so far."""
+    real, count = utils.replace_file, itertools.count(1)
 
-    def counting(path, writer):
-        nonlocal count
-        count += 1
-        if count == write:
-            if half:
-                path.with_name(f".{path.name}.part").write_bytes(b"half a fi")
+    def crashing(path, writer):
+        if next(count) >= write:
+            path.with_name(f".{path.name}.part").write_bytes(b"half a fi")
             raise Crash
         real(path, writer)
 
     with monkeypatch.context() as patch:
-        patch.setattr(utils, "replace_file", counting)
-        patch.setattr(utils.RunDirectory, "save_plot", lambda *args: None)
-        with pytest.raises(Crash):
+        patch.setattr(utils, "replace_file", crashing)
+        try:
             app.run(**SETTINGS | overrides)
-    return app.latest()
+        except Crash:
+            return True
+    return False
+
+
+class Whole:
+    """An uninterrupted run, and the global model after each of its rounds."""
+
+    def __init__(self, app: App, **overrides) -> None:
+        self.models: dict[int, dict[str, torch.Tensor]] = {}
+        real = utils.Recorder.commit
+
+        def commit(recorder, row, accuracies=()):
+            self.models[row["round"]] = {name: tensor.clone() for name, tensor in recorder.state.model.items()}
+            real(recorder, row, accuracies)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(utils.Recorder, "commit", commit)
+            self.directory = app.run(**SETTINGS | overrides)
+        self.rows = results(self.directory)
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tiny_dataset, tmp_path_factory):
-    from tests.conftest import App
-
-    return App(tiny_dataset, tmp_path_factory.mktemp("uninterrupted")).run(**SETTINGS)
+def whole(tiny_dataset, tmp_path_factory) -> Whole:
+    return Whole(App(tiny_dataset, tmp_path_factory.mktemp("uninterrupted")))
 
 
-@pytest.mark.parametrize("write", range(3, 13))
-def test_a_crash_at_any_write_loses_nothing_but_the_round_in_flight(app, monkeypatch, uninterrupted, write):
-    directory = crash_at(monkeypatch, app, write, half=write % 2 == 0)
-    for path in directory.rglob("*"):  # every file that is there is whole
+def best_round(rows: list[dict]) -> int | None:
+    """The first round with the highest accuracy; the initial model is none."""
+    trained = [row for row in rows if row["round"] > 0]
+    return max(trained, key=lambda row: (row["centralized_accuracy"], -row["round"]), default={"round": None})["round"]
+
+
+def check_whole_files(directory, whole: Whole) -> list[dict]:
+    """Every file that is there is whole, and the best model is that of a round in results.json. The rows."""
+    for path in directory.rglob("[!.]*"):
         if path.suffix == ".json":
             json.loads(path.read_text())
         elif path.suffix == ".pt":
             torch.load(path, weights_only=True)
-    assert (directory / "checkpoints" / "last.pt").exists()
-    before = results(directory) if (directory / "results.json").exists() else []
+        elif path.suffix == ".png":
+            Image.open(path).verify()
+    rows = results(directory) if (directory / "results.json").exists() else []
+    assert rows == whole.rows[: len(rows)]
+    if (directory / "checkpoints" / "best.pt").exists():
+        best = model(directory, "checkpoints/best.pt")
+        # Best so far, or still that of the rounds before the last: results.json is written first.
+        candidates = {best_round(rows), best_round(rows[:-1])} - {None}
+        assert any(same_bits(best, whole.models[r]) for r in candidates)
+    return rows
 
-    assert app.run(**SETTINGS, resume_from=str(directory)) == directory
-    assert results(directory)[: len(before)] == before
-    assert results(directory) == results(uninterrupted)
-    for name in ("final_model.pt", "checkpoints/best.pt"):
-        assert same_bits(model(directory, name), model(uninterrupted, name))
+
+def check_finished(directory, whole: Whole) -> None:
+    assert results(directory) == whole.rows
+    assert same_bits(model(directory), whole.models[whole.rows[-1]["round"]])
+    assert same_bits(model(directory, "checkpoints/best.pt"), whole.models[best_round(whole.rows)])
     assert (directory / "metrics.png").exists()
+    assert not [path for path in directory.rglob("*.part") if path.name != ".last.pt.part"]
 
 
-@pytest.fixture
-def alarm():
-    """Set alarms as Ray does; the one that ends a test which takes too long is set again behind it."""
-    own, interval = signal.setitimer(signal.ITIMER_REAL, 0)
-    yield partial(signal.setitimer, signal.ITIMER_REAL)
-    signal.setitimer(signal.ITIMER_REAL, own, interval)
+def test_a_crash_at_any_write_loses_only_the_round_in_flight(app, monkeypatch, whole):
+    assert len({model["fc2.bias"].sum().item() for model in whole.models.values()}) == 4  # each round has its model
+    lost = []
+    for write in itertools.count(1):
+        if not crash_at(monkeypatch, app, write):
+            break
+        directory = app.latest() if write > 2 else None
+        if write <= 3:  # the lock's holder, the configuration, the first checkpoint: nothing to go on from
+            if directory:
+                with pytest.raises(UserError, match="There is no checkpoint"):
+                    app.run(**SETTINGS, resume_from=str(directory))
+            continue
+        before = check_whole_files(directory, whole)
+        done = torch.load(directory / "checkpoints" / "last.pt", weights_only=True)["state"]["server_round"]
+        assert len(before) in (done, done + 1)
+        lost.append(3 - done)
+        assert app.run(**SETTINGS, resume_from=str(directory)) == directory
+        check_finished(directory, whole)
+    bests = sum(best_round(whole.rows[: r + 1]) == r for r in range(1, 4))
+    assert write - 1 == 2 + 2 * 4 + bests + 2  # holder and configuration; four rounds; final model and plot
+    assert sorted(set(lost)) == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("notice", ["Ray's alarm", "the main thread has ended"])
-def test_a_simulation_that_ends_answers_for_its_workers_but_is_not_believed(
-    app, uninterrupted, monkeypatch, caplog, alarm, notice
-):
-    """As on SIGTERM: the last reply of a round is an error, because its worker has been ended."""
-    grid = app.grid()
-
-    def ended(msg, context):
-        if (msg.metadata.message_type, msg.metadata.group_id) == (MessageType.EVALUATE, "2"):
-            if notice == "Ray's alarm":
-                alarm(utils.RAY_ABORT)
-            else:
-                monkeypatch.setattr(utils.threading, "main_thread", threading.Thread)  # one that does not run
-            raise RuntimeError("the worker has been ended")
-        return client_app.app(msg, context)
-
-    grid.handlers = dict.fromkeys(range(5), ended)
-    handed_back: list[tuple] = []
-    monkeypatch.setattr(utils.signal, "pthread_kill", lambda *args: handed_back.append(args))
-    with pytest.raises(UserError, match="engine has ended"):
-        app.run(grid, **SETTINGS)
-    if notice == "Ray's alarm":
-        left, _ = signal.getitimer(signal.ITIMER_REAL)
-        assert utils.RAY_ABORT < left <= utils.TIME_TO_CLOSE
-        assert handed_back == [(threading.main_thread().ident, signal.SIGINT)]
-    else:
-        assert handed_back == []
-    assert "left out" not in caplog.text
-    directory = app.latest()
-    assert results(directory) == results(uninterrupted)[:2]  # round 2 is not recorded
-    assert (directory / "metrics.png").exists()
+def test_a_crash_while_a_finished_run_is_put_in_order(app, monkeypatch, whole, tmp_path):
+    for write in itertools.count(1):
+        copy = Path(shutil.copytree(whole.directory, tmp_path / "outputs" / "day" / f"{write}"))
+        for name in ("final_model.pt", "metrics.png", "results.json"):
+            (copy / name).unlink()
+        crashed = crash_at(monkeypatch, app, write, resume_from=str(copy))
+        app.run(**SETTINGS, resume_from=str(copy))
+        check_finished(copy, whole)
+        if not crashed:
+            break
+    assert write >= 6
 
 
-def test_more_rounds_than_were_first_asked_for(app, uninterrupted):
-    directory = app.run(**SETTINGS | {"num_server_rounds": 2})
-    assert len(results(directory)) == 3
+def test_more_rounds_than_were_first_asked_for(app, whole):
+    directory = app.run(**SETTINGS | {"num_server_rounds": 1})
+    assert len(results(directory)) == 2
     app.run(**SETTINGS, resume_from=str(directory))
-    assert results(directory) == results(uninterrupted)
-    assert same_bits(model(directory), model(uninterrupted))
+    check_finished(directory, whole)
 
 
-def test_a_finished_run_says_so_and_writes_what_a_crash_has_kept_back(app, caplog):
+def test_a_finished_run_says_so_and_makes_up_for_what_is_missing(app, whole, caplog):
     caplog.set_level("INFO", logger="flwr")
     directory = app.run(**SETTINGS)
-    final = model(directory)
-    (directory / "final_model.pt").unlink()
+    for name in ("final_model.pt", "metrics.png", "results.json"):
+        (directory / name).unlink()
     grid = app.grid()
+    caplog.clear()
     app.run(grid, **SETTINGS, resume_from=str(directory))
     assert grid.sent == []
-    assert any("finished" in r.message for r in caplog.records)
-    assert same_bits(model(directory), final)
+    said = [r.getMessage() for r in caplog.records]
+    assert f"📂 Resuming after round 3: {directory}" in said
+    assert "This run is finished: 3 rounds. For more, raise num-server-rounds." in said
+    check_finished(directory, whole)
+
+
+def test_a_run_that_learned_nothing_stays_failed_when_resumed(app):
+    def fail(msg, context):
+        if msg.metadata.message_type == MessageType.TRAIN:
+            raise OSError("the disk is on fire")
+        return client_app.app(msg, context)
+
+    grid = app.grid()
+    grid.handlers = dict.fromkeys(range(5), fail)
+    error = r"Nothing was learned: no round had a usable TRAIN reply\. The last fault: .*the disk is on fire"
+    with pytest.raises(UserError, match=error):
+        app.run(grid, num_server_rounds=1)
+    directory = app.latest()
+    grid = app.grid()
+    with pytest.raises(UserError, match=error):
+        app.run(grid, num_server_rounds=1, resume_from=str(directory))
+    assert grid.sent == []
+    assert not (directory / "final_model.pt").exists()
+    app.run(num_server_rounds=2, resume_from=str(directory))  # now with nodes that work
+    assert [row["train_received"] for row in results(directory)] == [None, 0, 3]
+    assert (directory / "final_model.pt").exists()
+
+
+def test_what_only_says_how_a_run_is_carried_out_may_change(app):
+    directory = app.run(num_server_rounds=1)
+    changed = {"train_timeout": 5.0, "query_timeout": 1.0, "min_available_nodes": 4, "wandb_project": "other"}
+    app.run(num_server_rounds=2, resume_from=str(directory), **changed)
+    assert len(results(directory)) == 3
+    assert json.loads((directory / "run_config.json").read_text())["train-timeout"] == 5.0
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("seed", 1), ("learning_rate", 0.1), ("batch_size", 8), ("opt_in_probability", 1.0)]
+    ("key", "value"), [("seed", 1), ("learning_rate", 0.1), ("logit_adjustment", 0.0), ("opt_in_probability", 1.0)]
 )
 def test_a_changed_setting_is_refused_with_what_it_was(app, key, value):
     directory = app.run(num_server_rounds=1)
     before = {p: p.read_bytes() for p in directory.rglob("*") if p.is_file()}
-    with pytest.raises(UserError, match=rf"(?s)another run.*{key.replace('_', '-')}: .* there, {value!r} now"):
+    then = json.loads((directory / "run_config.json").read_text())[key.replace("_", "-")]
+    with pytest.raises(UserError) as error:
         app.run(num_server_rounds=2, resume_from=str(directory), **{key: value})
+    hint, difference = str(error.value).splitlines()
+    assert hint == f"resume-from: the settings of the run in {directory} differ. Give it the same ones again:"
+    assert difference == f"  - {key.replace('_', '-')}: {then!r} then, {value!r} now"
     assert {p: p.read_bytes() for p in directory.rglob("*") if p.is_file()} == before
 
 
@@ -151,23 +215,38 @@ def test_all_differences_are_listed(app):
 
 
 def test_another_model_and_other_data_under_the_same_name_are_refused(app, monkeypatch, tmp_path):
-    copy = tmp_path / "copy"
-    shutil.copytree(app.defaults["dataset"], copy)
+    copy = shutil.copytree(app.defaults["dataset"], tmp_path / "copy")
     directory = app.run(num_server_rounds=1, dataset=str(copy))
 
+    class Wide(task.Net):
+        def __init__(self, in_channels: int, num_classes: int) -> None:
+            super().__init__(in_channels, num_classes)
+            self.fc2 = nn.Linear(128, 12)
+            self.more = nn.Parameter(torch.zeros(2))
+
     with monkeypatch.context() as patch:
-        bigger = server_app.task.Net
-        patch.setattr(server_app.task, "Net", type("Wide", (bigger,), {}))
-        patch.setattr(
-            server_app.task.Net, "initial", classmethod(lambda cls, channels, classes, seed: bigger(channels, 12))
-        )
-        with pytest.raises(UserError, match=r"model: fc2\.bias: 'torch\.float32 \(10,\)' there"):
+        patch.setattr(task, "make_model", Wide)
+        with pytest.raises(UserError) as error:
             app.run(num_server_rounds=2, dataset=str(copy), resume_from=str(directory))
+    assert [line.strip() for line in str(error.value).splitlines()[1:]] == [
+        "- model: fc2.weight: 'torch.float32 (10, 128)' then, 'torch.float32 (12, 128)' now",
+        "- model: fc2.bias: 'torch.float32 (10,)' then, 'torch.float32 (12,)' now",
+        "- model: more: 'nothing' then, 'torch.float32 (2,)' now",
+    ]
 
     (copy / "data" / "test.parquet").write_bytes((copy / "data" / "train.parquet").read_bytes())
     load_test_split_once.cache_clear()
-    with pytest.raises(UserError, match="test data: "):
+    with pytest.raises(UserError, match="- test data: "):
         app.run(num_server_rounds=2, dataset=str(copy), resume_from=str(directory))
+
+
+def test_other_labels_are_other_data(app, monkeypatch):
+    directory = app.run(num_server_rounds=1)
+    data = load_test_split_once(app.defaults["dataset"])
+    other = task.Split(data.images, data.labels.roll(1), data.class_names)
+    monkeypatch.setattr(task, "load_test_split", lambda dataset: other)
+    with pytest.raises(UserError, match="- test data: "):
+        app.run(num_server_rounds=2, resume_from=str(directory))
 
 
 def test_what_cannot_be_resumed_is_one_clear_error(app, tmp_path):
@@ -177,15 +256,41 @@ def test_what_cannot_be_resumed_is_one_clear_error(app, tmp_path):
     with pytest.raises(UserError, match="There is no checkpoint"):
         app.run(resume_from=str(tmp_path / "empty"))
     (tmp_path / "other" / "checkpoints").mkdir(parents=True)
-    torch.save({"w": torch.ones(2)}, tmp_path / "other" / "checkpoints" / "last.pt")
-    with pytest.raises(UserError, match="not a checkpoint of this app"):
-        app.run(resume_from=str(tmp_path / "other"))
+    state = {"model": {}, "colour": "blue"}
+    for content in ({"w": torch.ones(2)}, [1], 7, {"identity": {}, "state": state}):
+        torch.save(content, tmp_path / "other" / "checkpoints" / "last.pt")
+        with pytest.raises(UserError, match="not a checkpoint of this app"):
+            app.run(resume_from=str(tmp_path / "other"))
+    assert {path.name for path in (tmp_path / "other").iterdir()} == {"checkpoints", ".lock", ".holder"}
 
 
-def test_a_resumed_run_goes_on_under_the_same_wandb_id(app):
-    directory = app.run(num_server_rounds=1, use_wandb=True)
-    app.run(num_server_rounds=2, use_wandb=True, resume_from=str(directory))
-    folders = sorted(p.name for p in (directory / "wandb").glob("offline-run-*"))
-    assert len(folders) == 2
-    wandb_id = folders[0].split("-")[3]
-    assert wandb_id in folders[1]
+def test_another_number_of_simulated_nodes_is_refused(app):
+    """It would deal the images out anew, and train on what another node has for validation."""
+    directory = app.run(num_server_rounds=1)
+    before = results(directory)
+    with pytest.raises(UserError, match=r"had 5 simulated nodes, and now there are 6.*num-supernodes=5 "):
+        app.run(app.grid(num_nodes=6), num_server_rounds=2, resume_from=str(directory), node_wait_timeout=0.2)
+    assert results(directory) == before
+
+
+def test_nodes_over_a_network_may_come_and_go(app, caplog):
+    caplog.set_level("INFO", logger="flwr")
+    directory = app.run(num_server_rounds=1)
+    grid = app.grid()
+    grid.simulated = False
+    grid.connected.remove(next(iter(grid.contexts)))
+    app.run(grid, num_server_rounds=2, resume_from=str(directory))
+    assert [row["nodes_available"] for row in results(directory)] == [None, 5, 4]
+    assert "4 nodes are connected; there were 5 in the last round." in caplog.text
+
+
+def test_a_checkpoint_holds_the_state_and_nothing_else(app):
+    directory = app.run(num_server_rounds=1)
+    checkpoint = torch.load(directory / "checkpoints" / "last.pt", weights_only=True)
+    assert checkpoint.keys() == {"identity", "state"}
+    state = utils.ServerState(**checkpoint["state"])
+    assert state.server_round == 1
+    assert same_bits(state.model, model(directory))
+    assert all(tensor.device.type == "cpu" for tensor in state.model.values())
+    assert [row["round"] for row in state.results] == [0, 1]
+    assert state.best_accuracy == max(row["centralized_accuracy"] for row in state.results)
