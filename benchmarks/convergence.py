@@ -1,30 +1,56 @@
-"""How well the app learns: many seeds of the real `flwr run`, as table, plot and JSON.
+"""How well the app learns: many seeds, as table, plot and JSON.
 
-    python -m benchmarks.convergence --seeds 10 --out results/fashion_mnist \
+    python -m benchmarks.convergence --seeds 10 --jobs 2 --out results/fashion_mnist \
         --run-config "dataset='/absolute/path/fashion_mnist'"
 
 `--run-config` and `--nodes` are those of the runs; all else is the app's default. Several
-`--vary key=value` compare settings side by side, such as `--vary dirichlet-alpha=0.1 --vary
-dirichlet-alpha=100`.
+`--vary "key=value ..."` compare settings side by side, such as `--vary dirichlet-alpha=0.1 --vary
+dirichlet-alpha=100.0`.
+
+Each seed is a `flwr run`. With `--in-process` ServerApp and nodes share one process instead, which has
+the same bits and saves the start-up. Its nodes answer as soon as they are asked, so set
+`query-max-delay=0.0` with it.
+
+OUT.json is written after every run. The same command continues where it was interrupted, and does
+only the seeds that OUT.json lacks. `--jobs 2` does two runs at the same time: a run spends most of
+its time waiting, so it hardly slows down the other. The tables and the plot show the last round and
+the curves, not the best round.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import logging
+import re
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from datetime import timedelta
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from flwr.common.config import parse_config_args
+import torch
 
 from benchmarks.simulation import LocalSuperLink
+from deploy.local_federation import interrupted_by_signals
+from pytorch_example_low_level import client_app, server_app
+from pytorch_example_low_level.utils import replace_json
+from tests.grid import InProcessGrid, make_context, run_config
 
-CURVES = {"central": "centralized_accuracy", "federated": "federated_evaluate_accuracy"}
+Rows = list[dict[str, Any]]  # a run's results.json
+Runs = dict[str, dict[str, Rows]]  # variant -> seed, as text for JSON -> rows
+
+COLUMNS = {
+    "central": "centralized_accuracy",
+    "federated": "federated_evaluate_accuracy",
+    "worst node": "federated_evaluate_accuracy_min",
+}
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")  # Okabe and Ito: safe for the colour-blind
 LINES = ("-", "--", ":", "-.", "-")
 
@@ -34,72 +60,165 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=10, help="number of seeds, from 0 (default: %(default)s)")
     parser.add_argument("--nodes", type=int, default=50, help="simulated nodes (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time (default: %(default)s)")
+    parser.add_argument("--in-process", action="store_true", help="without Flower's engine: the same bits, sooner")
     parser.add_argument("--run-config", default="", help="as for `flwr run`")
     parser.add_argument("--vary", action="append", default=[], metavar="KEY=VALUE", help="one curve for each")
     parser.add_argument("--out", type=Path, required=True, help="OUT.json and OUT.png are written")
     args = parser.parse_args()
-
-    common: dict[str, Any] = {"use-wandb": False} | parse_config_args([args.run_config] if args.run_config else None)
-    variants = {name: common | parse_config_args([name]) for name in args.vary} or {"": common}
-    runs: dict[str, list[list[dict[str, Any]]]] = {name: [] for name in variants}
-    total, started = args.seeds * len(variants), time.monotonic()
-    with tempfile.TemporaryDirectory() as home, LocalSuperLink(Path(home)) as superlink:
-        for name, settings in variants.items():
-            for seed in range(args.seeds):
-                run = superlink.run(nodes=args.nodes, **settings | {"seed": seed})
-                if run.status != "finished:completed":
-                    raise SystemExit(f"seed {seed} ended with {run.status}:\n{run.log[-3000:]}")
-                runs[name].append(run.results)
-                done = sum(map(len, runs.values()))
-                left = timedelta(seconds=round((time.monotonic() - started) / done * (total - done)))
-                accuracy = run.results[-1]["centralized_accuracy"]
-                print(f"{done}/{total} {name or 'run'}, seed {seed}: {accuracy:.4f}; about {left} left", flush=True)
-
+    try:
+        common = {"use-wandb": False} | parse_settings(args.run_config)
+        variants = {name: common | parse_settings(name) for name in args.vary} or {"": common}
+    except ValueError as error:
+        parser.error(str(error))
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.with_suffix(".json").write_text(json.dumps({"settings": variants, "runs": runs}, indent=1))
-    for name, results in runs.items():
-        print(f"\n{name or 'accuracy'} over {args.seeds} seeds\n{table(results)}")
-    plot(runs, args.out.with_suffix(".png"))
+    out = args.out.with_name(f"{args.out.name}.json")
+    runs = load_runs(out, args.nodes, variants)
+
+    missing = [(name, seed) for seed in range(args.seeds) for name in variants if str(seed) not in runs[name]]
+    if missing:
+        with contextlib.ExitStack() as stack:
+            if args.in_process:
+                pool = stack.enter_context(ProcessPoolExecutor(args.jobs, get_context("spawn")))
+            else:
+                home = stack.enter_context(tempfile.TemporaryDirectory())
+                superlink = stack.enter_context(LocalSuperLink(Path(home)))
+
+            def run(name: str, seed: int) -> Rows:
+                if args.in_process:
+                    return pool.submit(run_in_process, args.nodes, variants[name] | {"seed": seed}).result()
+                finished = superlink.run(nodes=args.nodes, timeout=7200, **variants[name] | {"seed": seed})
+                if finished.status != "finished:completed":
+                    raise SystemExit(f"{name} seed {seed} ended with {finished.status}:\n{finished.log[-3000:]}")
+                return finished.results
+
+            def done(name: str, seed: int, rows: Rows) -> None:
+                runs[name][str(seed)] = rows
+                replace_json(out, {"nodes": args.nodes, "settings": variants, "runs": runs})
+
+            do_runs(missing, run, done, args.jobs)
+
+    wanted = {name: [of_seed[str(seed)] for seed in range(args.seeds)] for name, of_seed in runs.items()}
+    print(f"\nThe last round, mean ± standard deviation and worst of {args.seeds} seeds\n\n{final_table(wanted)}")
+    for name, results in wanted.items():
+        print(f"\n{name or 'All rounds'}\n\n{table(results)}")
+    plot(wanted, args.out.with_name(f"{args.out.name}.png"))
 
 
-def of_round(results: Sequence[Sequence[dict[str, Any]]], server_round: int, key: str) -> list[float]:
+def run_in_process(nodes: int, settings: dict[str, Any]) -> Rows:
+    """Do one run on the in-process Grid of the tests; return the rows of its results.json."""
+    torch.set_num_threads(1)
+    logging.getLogger("flwr").setLevel(logging.WARNING)
+    with tempfile.TemporaryDirectory() as outputs:
+        config = run_config() | {"output-dir": outputs} | settings
+        server_app.main(InProcessGrid(client_app.app, config, nodes), make_context(config))
+        (results,) = Path(outputs).glob("*/*/results.json")
+        rows: Rows = json.loads(results.read_text())
+    return rows
+
+
+def parse_settings(text: str) -> dict[str, Any]:
+    """Return the settings in a text such as `a=1 b='x y'`, which `flwr run --run-config` takes. Raises ValueError."""
+    pair = r"""([\w-]+)=('[^']*'|"[^"]*"|\S+)"""
+    if not re.fullmatch(rf"\s*({pair}(\s+|$))*", text):
+        raise ValueError(f"not settings such as \"a=1 b='x'\": {text}")
+    return tomllib.loads("\n".join(f"{key} = {value}" for key, value in re.findall(pair, text)))
+
+
+def load_runs(path: Path, nodes: int, variants: Mapping[str, dict[str, Any]]) -> Runs:
+    """Return the runs of an earlier start. Raises SystemExit when they had other settings."""
+    if not path.exists():
+        return {name: {} for name in variants}
+    earlier = json.loads(path.read_text())
+    if (earlier["nodes"], earlier["settings"]) != (nodes, variants):
+        raise SystemExit(f"{path} has runs with other settings ({earlier['nodes']} nodes, {earlier['settings']})")
+    runs: Runs = earlier["runs"]
+    return runs
+
+
+def do_runs(
+    missing: Sequence[tuple[str, int]],
+    run: Callable[[str, int], Rows],
+    done: Callable[[str, int, Rows], None],
+    jobs: int,
+) -> None:
+    """Do the runs, so many at the same time; tell how far it is and how long it will take."""
+    print(f"{len(missing)} runs to do, {jobs} at the same time; a minute or two each ...", flush=True)
+    started = time.monotonic()
+    with ThreadPoolExecutor(jobs) as executor:
+        futures = {executor.submit(run, *which): which for which in missing}
+        try:
+            for count, future in enumerate(as_completed(futures), start=1):
+                name, seed = futures[future]
+                rows = future.result()
+                done(name, seed, rows)
+                left = timedelta(seconds=round((time.monotonic() - started) / count * (len(missing) - count)))
+                figures = ", ".join(f"{what} {number(rows[-1][key])}" for what, key in COLUMNS.items())
+                print(f"{count}/{len(missing)} {name or 'run'}, seed {seed}: {figures}; about {left} left", flush=True)
+        finally:
+            executor.shutdown(wait=False, cancel_futures=True)  # after a failure, begin no other run
+
+
+def number(value: float | None) -> str:
+    """Return an accuracy for a table."""
+    return "–" if value is None else f"{value:.3f}"
+
+
+def of_round(results: Sequence[Rows], server_round: int, key: str) -> list[float]:
     """Return a figure of a round for all seeds that have it."""
     return [run[server_round][key] for run in results if run[server_round][key] is not None]
 
 
-def table(results: Sequence[Sequence[dict[str, Any]]]) -> str:
-    """Return mean ± standard deviation and worst of both accuracies, a line a round, in Markdown."""
-    lines = ["| round | central | worst | federated | worst |", "| --- | --- | --- | --- | --- |"]
-    for server_round in range(1, len(results[0])):
-        cells = []
-        for key in CURVES.values():
-            values = of_round(results, server_round, key)
-            cells += [f"{statistics.mean(values):.3f} ± {statistics.pstdev(values):.3f}", f"{min(values):.3f}"]
-        lines.append(f"| {server_round} | {' | '.join(cells)} |")
+def cells(results: Sequence[Rows], server_round: int) -> str:
+    """Return mean ± standard deviation and worst of each figure of a round: columns in Markdown."""
+    found = []
+    for key in COLUMNS.values():
+        values = of_round(results, server_round, key)
+        found += [f"{statistics.mean(values):.3f} ± {statistics.pstdev(values):.3f}" if values else "–"]
+        found += [number(min(values, default=None))]
+    return " | ".join(found)
+
+
+def table(results: Sequence[Rows]) -> str:
+    """Return a line for each round in Markdown."""
+    lines = [f"| round | {' | worst | '.join(COLUMNS)} | worst |", f"|{' --- |' * (2 * len(COLUMNS) + 1)}"]
+    lines += [f"| {server_round} | {cells(results, server_round)} |" for server_round in range(1, len(results[0]))]
     return "\n".join(lines)
 
 
-def plot(runs: dict[str, list[list[dict[str, Any]]]], path: Path) -> None:
+def final_table(runs: Mapping[str, Sequence[Rows]]) -> str:
+    """Return the last round of each variant in Markdown."""
+    lines = [f"| settings | {' | worst | '.join(COLUMNS)} | worst |", f"|{' --- |' * (2 * len(COLUMNS) + 1)}"]
+    lines += [f"| {name or 'default'} | {cells(results, -1)} |" for name, results in runs.items()]
+    return "\n".join(lines)
+
+
+def plot(runs: Mapping[str, Sequence[Rows]], path: Path) -> None:
     """Draw the mean over seeds with a band from the worst to the best: both accuracies, or the variants."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
-    keys = CURVES if len(runs) == 1 else {"": CURVES["central"]}
-    curves = [(f"{name} {what}".strip(), r, key) for name, r in runs.items() for what, key in keys.items()]
-    for (label, results, key), colour, line in zip(curves, COLOURS, LINES, strict=False):
-        rounds = range(1, len(results[0]))
-        values = [of_round(results, r, key) for r in rounds]
-        axes.plot(rounds, [statistics.mean(v) for v in values], line, color=colour, label=label, linewidth=2)
-        axes.fill_between(rounds, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.15)
+    names = ["central", "federated"] if len(runs) == 1 else ["central"]
+    curves = [
+        (name if len(runs) > 1 else what, results, COLUMNS[what]) for name, results in runs.items() for what in names
+    ]
+    for i, (label, results, key) in enumerate(curves):
+        colour, line = COLOURS[i % len(COLOURS)], LINES[i % len(LINES)]
+        found = {r: values for r in range(1, len(results[0])) if (values := of_round(results, r, key))}
+        lows, highs = [min(v) for v in found.values()], [max(v) for v in found.values()]
+        means = [statistics.mean(v) for v in found.values()]
+        axes.plot(list(found), means, line, color=colour, label=label, linewidth=2)
+        axes.fill_between(list(found), lows, highs, color=colour, alpha=0.15)
     seeds = len(next(iter(runs.values())))
     title = f"Mean over {seeds} seeds; the band goes from the worst to the best"
     axes.set(xlabel="round", ylabel="accuracy" if len(runs) == 1 else "central accuracy", title=title)
     axes.locator_params(axis="x", integer=True)
     axes.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=len(curves))  # beside the axes it hides no curve
+    figure.legend(loc="outside lower center", ncols=min(len(curves), 2))  # beside the axes it hides no curve
     figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":
-    main()
+    with interrupted_by_signals():  # so that no process is left behind
+        main()

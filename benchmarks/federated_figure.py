@@ -25,12 +25,13 @@ DRAWS = 100_000
 def evaluate_nodes(directory: Path, nodes: int) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
     """Return accuracy (nodes,) and number of validation images (nodes,), and the run's configuration."""
     config = json.loads((directory / "run_config.json").read_text())
-    net = task.Net.from_state_dict(torch.load(directory / "final_model.pt", weights_only=True))
+    net = task.make_model(config["image-shape"][0], len(config["class-names"]))
+    net.load_state_dict(torch.load(directory / "final_model.pt", weights_only=True))
     data = [config[key] for key in ("dataset", "partitioner", "dirichlet-alpha", "seed")]
     accuracies, sizes = np.zeros(nodes), np.zeros(nodes)
     for node in range(nodes):
-        validation = task.load_partition(net.in_channels, node, nodes, *data)["validation"]
-        _, accuracies[node] = task.test(net, validation, torch.device("cpu"))
+        validation = task.load_partition(node, nodes, *data)["validation"]
+        accuracies[node] = task.test(net, validation, torch.device("cpu")).accuracy
         sizes[node] = len(validation)
     return accuracies, sizes, config
 

@@ -21,30 +21,57 @@ from pathlib import Path
 
 from benchmarks.simulation import copy_app, report
 from deploy.cli import family
-from deploy.local_federation import Federation
+from deploy.local_federation import Federation, interrupted_by_signals
 
 PHASES = ("train", "query", "evaluate")
-LOOKS = """
+TIMED_APP = """
+import time
+from logging import getLogger
 
-_pull = Mailbox._pull
+from flwr.serverapp import ServerApp
+
+from pytorch_example_low_level import server_app
+
+app = ServerApp()
+log = getLogger("flwr")
 
 
-def _timed_pull(self, wanted, batch):
-    log(INFO, "LOOK %s %.4f", batch.message_type, time.monotonic())
-    replies = _pull(self, wanted, batch)
-    for reply in replies.values():
-        log(INFO, "PICKED %s %d %.4f", batch.message_type, reply.metadata.src_node_id, time.monotonic())
-    return replies
+class TimedGrid:
+    def __init__(self, grid):
+        self.grid = grid
+        self.types = {}  # message id -> type
+
+    def __getattr__(self, name):
+        return getattr(self.grid, name)
+
+    def push_messages(self, messages):
+        ids = list(self.grid.push_messages(messages))
+        self.types |= {message.metadata.message_id: message.metadata.message_type for message in messages}
+        return ids
+
+    def pull_messages(self, message_ids):
+        message_ids = list(message_ids)
+        if message_ids:
+            log.info("LOOK %s %.4f", self.types[message_ids[0]], time.monotonic())
+        replies = list(self.grid.pull_messages(message_ids))
+        for reply in replies:
+            kind = self.types[reply.metadata.reply_to_message_id]
+            log.info("PICKED %s %d %.4f", kind, reply.metadata.src_node_id, time.monotonic())
+        return replies
 
 
-Mailbox._pull = _timed_pull
+@app.main()
+def main(grid, context):
+    server_app.main(TimedGrid(grid), context)
 """
 
 
 def timed_app(folder: Path) -> Path:
-    """Copy the app; let it log when it looks for replies."""
-    with (copy_app(folder) / "pytorch_example_low_level" / "server_app.py").open("a") as file:
-        file.write(LOOKS)
+    """Copy the app, with a ServerApp that logs when it looks for replies."""
+    copy_app(folder)
+    (folder / "pytorch_example_low_level" / "timed.py").write_text(TIMED_APP)
+    project = folder / "pyproject.toml"
+    project.write_text(project.read_text().replace("low_level.server_app:app", "low_level.timed:app"))
     return folder
 
 
@@ -138,4 +165,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with interrupted_by_signals():  # so that no process is left behind
+        main()

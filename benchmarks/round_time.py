@@ -1,58 +1,82 @@
-"""What a round costs: the real app beside its floor and beside Flower's engine, in one run.
+"""What a round costs: the app beside its arithmetic alone and beside Flower's engine alone, in one run.
 
-    python -m benchmarks.round_time --out round_time.json
-    python -m benchmarks.round_time --dataset /absolute/path/fashion_mnist --scale
+    python -m benchmarks.round_time --out round_time
+    python -m benchmarks.round_time --dataset /absolute/path/fashion_mnist --scale --out round_time
 
-- floor: exactly the work of the app's rounds (the same cohorts' SGD steps, the central
-  evaluation, the same opted-in nodes' evaluation) in as many single-thread processes as the
-  simulation has workers, on decoded tensors in memory: no Flower, no messages, no data loading;
-- app: the real `flwr run`, the median of the rounds after the first, without stragglers; and
-  once more with the default ones;
-- engine: an app whose handlers do nothing, under the same `flwr run`: start-up, and what a
-  round's messages cost.
+- floor: the arithmetic of the app's rounds (the SGD steps of the same cohorts, the central
+  evaluation, the evaluation by the same nodes) in as many single-thread processes as the simulation
+  has workers, on decoded tensors in memory: no Flower, no messages, no data loading;
+- engine: an app with handlers that do nothing, under the same `flwr run`. It waits for the nodes as
+  the app does, sends as many messages of the same size to nodes drawn at random, and asks for at
+  most 64 replies at a time, every 10 ms. `Grid.send_and_receive`, which asks for all replies at once
+  every 100 ms, is measured beside it at 50 nodes;
+- app: the real `flwr run`, the median of the rounds after the first, without stragglers; and once
+  with the default ones.
 
-Floor and app take turns, so that a noisy neighbour hits both.
+Floor, app and engine take turns, so that other work on the machine affects all of them.
 
-`--scale` adds what 1,000 nodes and a 10 MB model cost; that takes some minutes more.
+`--scale` adds 50 to 10,000 nodes, of which 50 train and up to 200 are asked, and a model of 25 MB.
+OUT.json is written after every step, OUT.png at the end.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
+import math
 import multiprocessing
 import os
+import platform
 import re
 import shutil
 import statistics
-import subprocess
 import tempfile
 import threading
 import time
 import tomllib
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from flwr.app import Context, RecordDict
+from torch import nn
 
-from benchmarks.simulation import LocalSuperLink, copy_app, report
+from benchmarks.simulation import LocalSuperLink, copy_app
 from deploy.cli import PROJECT, FinishedRun
+from deploy.local_federation import interrupted_by_signals
 from pytorch_example_low_level import task
-from pytorch_example_low_level.config import RunConfig
-from pytorch_example_low_level.server_app import Node, sample_cohort
-from pytorch_example_low_level.utils import Purpose, random_stream
+from pytorch_example_low_level.config import Purpose, RunConfig, random_stream
+from pytorch_example_low_level.messaging import Node
+from pytorch_example_low_level.server_app import sample_asked, sample_cohort
 
 WORKERS = os.cpu_count() or 1
-NODES, SAMPLED, OPTED_IN = 50, 10, 25
+STARTS = 5  # of app and engine each: start-up times vary by seconds
+PHASES = ("train", "query", "evaluate")
 MIB = 1024
-STARTS = 5  # of app and engine each: what a start-up takes varies by seconds
+BIG = 12_000  # units of the first linear layer that give a model of 25 MB
+
+# The most that a figure should be, on 2 cores; the others have no target.
+TARGETS = {
+    "50 nodes: app / (floor + engine), a round": 1.0,
+    "50 nodes: start-up to the first TRAIN reply, over the engine's, s": 6.0,
+    "1,000 nodes, 100 asked: app, s a round": 4.5,
+    "1,000 nodes, 100 asked: app / (floor + engine), a round": 1.25,
+    "10,000 nodes, 200 asked: app, s a round": 14.0,
+    "10,000 nodes, 200 asked: app / (floor + engine), a round": 1.25,
+    "10,000 nodes, 200 asked: app, s from nodes listed to row written, first round": 35.0,
+    "server, 10,000 nodes against 50, MiB more, beyond the engine's own": 64.0,
+}
 
 NOOP_APP = """
+import random
 import time
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 import numpy as np
@@ -62,36 +86,63 @@ server = ServerApp()
 
 @client.train()
 def train(msg, context):
-    return Message(RecordDict({"arrays": msg.content["arrays"], "metrics": MetricRecord({"n": 1})}), reply_to=msg)
+    metrics = MetricRecord({"train_loss": 1.0, "num-examples": 1})
+    return Message(RecordDict({"arrays": msg.content["arrays"], "metrics": metrics}), reply_to=msg)
 
 @client.evaluate()
 def evaluate(msg, context):
-    return Message(RecordDict({"metrics": MetricRecord({"n": 1})}), reply_to=msg)
+    metrics = MetricRecord({"eval_loss": 1.0, "eval_acc": 1.0, "num-examples": 1})
+    return Message(RecordDict({"metrics": metrics}), reply_to=msg)
 
 @client.query()
 def query(msg, context):
-    return Message(RecordDict({"config": ConfigRecord({"n": 1})}), reply_to=msg)
+    return Message(RecordDict({"config": ConfigRecord({"opt-in": True})}), reply_to=msg)
+
+def connected_nodes(grid, last):
+    while True:
+        nodes = sorted(grid.get_nodes(), key=lambda node: node.registered_at)
+        if len(nodes) >= 2 and len(nodes) == last:
+            return [node.node_id for node in nodes]
+        last = len(nodes)
+        time.sleep(0.5)
+
+def send_and_look(grid, messages):
+    waiting = list(grid.push_messages(messages))
+    received = 0
+    while waiting:
+        arrived = {reply.metadata.reply_to_message_id for reply in grid.pull_messages(waiting[:64])}
+        received += len(arrived)
+        waiting = [message_id for message_id in waiting if message_id not in arrived]
+        time.sleep(0.01)
+    return received
 
 @server.main()
 def main(grid, context):
     cfg = context.run_config
-    while len(list(grid.get_node_ids())) < cfg["expected"]:
-        time.sleep(0.1)
-    nodes = sorted(grid.get_node_ids())
-    arrays = ArrayRecord([np.zeros(cfg["parameters"], dtype=np.float32)])
+    # As many arrays as the app's model has, and as many numbers.
+    values = np.zeros(cfg["parameters"] // 12, dtype=np.float32)
+    arrays = ArrayRecord({f"{i}": Array(values) for i in range(12)})
     def exchange(kind, count):
         started = time.monotonic()
+        nodes = [connected[i] for i in sorted(draw(range(len(connected)), count))]
         content = {} if kind == MessageType.QUERY else {"arrays": arrays}
-        content = RecordDict(content | {"config": ConfigRecord({"lr": 0.1})})
-        messages = [Message(content, node, kind) for node in nodes[:count]]
-        replies = list(grid.send_and_receive(messages))
-        assert len(replies) == count
-        print(f"NOOP {kind} {count} {time.monotonic() - started:.6f}", flush=True)
-    exchange(MessageType.QUERY, len(nodes))
-    for _ in range(cfg["rounds"]):
-        exchange(MessageType.TRAIN, cfg["sampled"])
-        exchange(MessageType.QUERY, len(nodes))
-        exchange(MessageType.EVALUATE, cfg["opted-in"])
+        content = RecordDict(content | {"config": ConfigRecord({"server-round": 1, "lr": 0.1})})
+        messages = [Message(content, node, kind) for node in nodes]
+        if cfg["send-and-receive"]:
+            received = len(list(grid.send_and_receive(messages)))
+        else:
+            received = send_and_look(grid, messages)
+        assert received == len(nodes)
+        print(f"NOOP {kind} {len(nodes)} {time.monotonic() - started:.6f}", flush=True)
+    connected = []
+    for server_round in range(1, cfg["rounds"] + 1):
+        connected = connected_nodes(grid, last=len(connected))
+        draw = random.Random(server_round).sample
+        started = time.monotonic()
+        exchange(MessageType.TRAIN, cfg["trained"])
+        exchange(MessageType.QUERY, cfg["asked"])
+        exchange(MessageType.EVALUATE, cfg["evaluated"])
+        print(f"NOOP round {len(connected)} {time.monotonic() - started:.6f}", flush=True)
 """
 
 NOOP_PROJECT = """
@@ -111,58 +162,114 @@ serverapp = "noop.app:server"
 clientapp = "noop.app:client"
 
 [tool.flwr.app.config]
-expected = 50
-sampled = 10
-opted-in = 25
+trained = 10
+asked = 50
+evaluated = 25
 rounds = 3
-parameters = 80202
+parameters = 80298
+send-and-receive = false
 """
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How many nodes there are and take part, on which data; `width` is that of the first linear layer."""
+
+    nodes: int
+    trained: int
+    asked: int
+    dataset: str
+    partitioner: str = "iid"
+    width: int = 128
+
+    def run_config(self) -> dict[str, Any]:
+        """Return the settings of the app."""
+        return {
+            "dataset": self.dataset,
+            "partitioner": self.partitioner,
+            "fraction_clients_train": self.trained / self.nodes,
+            "fraction_clients_query": self.asked / self.nodes,
+            "min_train_nodes": 1,
+            "use_wandb": False,
+            "server_device": "cpu",
+            "node_wait_timeout": 600.0,
+        }
+
+    def config(self) -> RunConfig:
+        """Return the app's configuration."""
+        defaults = tomllib.loads((PROJECT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
+        changed = {key.replace("_", "-"): value for key, value in self.run_config().items()}
+        return RunConfig.from_context(Context(0, 0, {}, RecordDict(), defaults | changed))
+
+    def messages(self) -> dict[str, Any]:
+        """Return how many messages of each kind the engine exchanges."""
+        return {"trained": self.trained, "asked": self.asked, "evaluated": self.asked // 2}
+
+    def __str__(self) -> str:
+        """Return the words for the tables."""
+        return f"{self.nodes:,} nodes" + (f", {self.asked} asked" if self.asked < self.nodes else "")
+
+
+SCALE = ((50, 50), (200, 200), (1000, 100), (1000, 200), (5000, 200), (10_000, 200))  # nodes, asked; 50 train
 
 
 # ---------------------------------------------------------------------------------- Floor
 
 
-def cohorts(dataset: str, rounds: int) -> list[list[tuple[str, int]]]:
+def cohorts(setting: Setting, rounds: int) -> list[list[tuple[str, int]]]:
     """Return the pieces of work of each round of the app, the large ones first."""
-    defaults = tomllib.loads((PROJECT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
-    config = RunConfig.from_context(Context(0, 0, {}, RecordDict(), defaults | {"dataset": dataset}))
-    nodes = [Node(partition, partition) for partition in range(NODES)]
+    config = setting.config()
+    nodes = [Node(partition) for partition in range(setting.nodes)]
 
     def opts_in(server_round: int, partition: int) -> bool:
         _delay, chance = random_stream(config.seed, Purpose.QUERY, server_round, partition).random(2)
         return bool(chance < config.opt_in_probability)
 
     return [
-        [("train", node.key) for node in sample_cohort(nodes, config, server_round)]
-        + [("test", quarter) for quarter in range(4)]
-        + [("validation", node.key) for node in nodes if opts_in(server_round, node.key)]
+        [("train", node.node_id) for node in sample_cohort(nodes, config, server_round)]
+        + [("test", quarter) for quarter in range(4)]  # so that the workers can share it
+        + [
+            ("validation", n.node_id)
+            for n in sample_asked(nodes, config, server_round)
+            if opts_in(server_round, n.node_id)
+        ]
         for server_round in range(1, rounds + 1)
     ]
 
 
-def floor_worker(mine: Any, shared: Any, done: Any, dataset: str) -> None:
+def floor_worker(mine: Any, shared: Any, done: Any, setting: Setting) -> None:
     """Prepare the tensors of a round; then do pieces of its work for as long as there are any."""
     torch.set_num_threads(1)
-    test_split, classes = task.load_test_split(dataset)
-    channels = test_split.images.shape[1]
-    quarters = torch.arange(len(test_split)).chunk(4)  # so that the workers can share it
+    config = setting.config()
+    test_split = task.load_test_split(setting.dataset)
+    quarters = np.array_split(np.arange(len(test_split)), 4)
+    classes = len(test_split.class_names)
 
     def split(part: str, number: int) -> task.Split:
         if part == "test":
-            return test_split[quarters[number]]
-        return task.load_partition(channels, number, NODES, dataset, "dirichlet", 1.0, 42)[part]
+            return test_split.rows(quarters[number])
+        how = (config.dataset, config.partitioner, config.dirichlet_alpha, config.seed)
+        return task.load_partition(number, setting.nodes, *how)[part]
+
+    def model() -> nn.Module:
+        net = task.make_model(test_split.in_channels, classes)
+        if setting.width != 128:
+            net.fc1, net.fc2 = nn.Linear(32 * 4 * 4, setting.width), nn.Linear(setting.width, classes)
+        return net
 
     while (pieces := mine.get()) is not None:
         tensors = {piece: split(*piece) for piece in pieces}
         done.put("prepared")
         while (piece := shared.get()) is not None:
             images, labels = tensors[piece].images, tensors[piece].labels
-            net = task.Net.initial(channels, classes, 0).to(memory_format=torch.channels_last)
+            net = model()
             if piece[0] == "train":
-                optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, fused=True)
-                for rows in torch.randperm(len(labels)).split(32):  # type: ignore[no-untyped-call]
+                optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=config.momentum, fused=True)
+                adjustment = config.logit_adjustment * torch.log(torch.bincount(labels, minlength=classes) + 1.0)
+                for rows in torch.randperm(len(labels)).tensor_split(math.ceil(len(labels) / config.batch_size)):
                     optimizer.zero_grad()
-                    F.cross_entropy(net(task.normalise(images[rows])), labels[rows]).backward()  # type: ignore[no-untyped-call]
+                    logits = net(task.normalise(images[rows])) + adjustment
+                    F.cross_entropy(logits, labels[rows]).backward()  # type: ignore[no-untyped-call]
                     optimizer.step()
             else:
                 with torch.inference_mode():
@@ -171,15 +278,15 @@ def floor_worker(mine: Any, shared: Any, done: Any, dataset: str) -> None:
         done.put("worked")
 
 
-def floor(dataset: str, rounds: int) -> list[float]:
+def floor(setting: Setting, rounds: int) -> list[float]:
     """Return the seconds of the bare work of each round after the first, in WORKERS processes."""
     context = multiprocessing.get_context("spawn")
     shared, done, own = context.Queue(), context.Queue(), [context.Queue() for _ in range(WORKERS)]
-    workers = [context.Process(target=floor_worker, args=(mine, shared, done, dataset)) for mine in own]
+    workers = [context.Process(target=floor_worker, args=(mine, shared, done, setting)) for mine in own]
     for worker in workers:
         worker.start()
     seconds = []
-    for pieces in cohorts(dataset, rounds):
+    for pieces in cohorts(setting, rounds):
         for mine in own:
             mine.put(pieces)
         for _ in workers:
@@ -194,7 +301,7 @@ def floor(dataset: str, rounds: int) -> list[float]:
         mine.put(None)
     for worker in workers:
         worker.join()
-    return seconds[1:]  # in the first, PyTorch still makes up its mind
+    return seconds[1:]  # in the first, PyTorch still chooses its kernels
 
 
 # ------------------------------------------------------------------------------------ Runs
@@ -209,38 +316,63 @@ class Watched:
     server_peak: int = 0  # KiB, the process of ServerApp and engine
     worker_peak: int = 0  # KiB, the largest ClientApp worker
 
+    def engine(self, kind: str) -> list[float]:
+        """Return the seconds of an exchange of the no-op app, or of its "round", in each round."""
+        return [float(seconds) for seconds in re.findall(rf"NOOP {kind} \d+ ([\d.]+)", self.run.log)]
 
-def watch(superlink: LocalSuperLink, patterns: dict[str, str], **arguments: Any) -> Watched:
-    """Run an app; note when lines come, and how much memory its processes take at most."""
+
+def watch(superlink: LocalSuperLink, pattern: str = "", **arguments: Any) -> Watched:
+    """Run an app; note when a line with a pattern comes, and how much memory its processes take at most."""
     watched, ended = Watched(FinishedRun("", "", "", None)), threading.Event()
 
+    earlier = set(processes())  # that of the run before may still be there
+
     def memory() -> None:
-        while not ended.wait(0.5):
-            for status in Path("/proc").glob("[0-9]*/status"):
-                try:
-                    text, command = status.read_text(), (status.parent / "cmdline").read_text()
-                except OSError:
-                    continue  # it has just ended
-                peak = int(match.group(1)) if (match := re.search(r"VmHWM:\s+(\d+)", text)) else 0
-                if "flwr-simulation" in command and str(superlink.port) in command:
-                    watched.server_peak = max(watched.server_peak, peak)
-                elif command.startswith("ray::ClientAppActor"):
-                    watched.worker_peak = max(watched.worker_peak, peak)
+        while not ended.wait(1):
+            for process in set(processes()) - earlier:
+                name = command(process)
+                if "flwr-simulation" in name and str(superlink.port) in name:
+                    watched.server_peak = max(watched.server_peak, peak_kib(process))
+                elif name.startswith("ray::ClientAppActor"):
+                    watched.worker_peak = max(watched.worker_peak, peak_kib(process))
 
     thread = threading.Thread(target=memory)
     thread.start()
     started, lines = time.monotonic(), []
-    for line in superlink.lines(**arguments):
-        lines.append(line)
-        for name, pattern in patterns.items():
-            if name not in watched.seconds_to and re.search(pattern, line):
-                watched.seconds_to[name] = time.monotonic() - started
-    ended.set()
-    thread.join()
+    try:
+        for line in superlink.lines(**arguments):
+            lines.append(line)
+            if pattern and pattern not in watched.seconds_to and re.search(pattern, line):
+                watched.seconds_to[pattern] = time.monotonic() - started
+            if found := re.search(r"Round took .*|NOOP round .*", line):
+                print(f"      {found.group().replace('NOOP round', 'engine: nodes, s a round')}", flush=True)
+    finally:
+        ended.set()
+        thread.join()
     watched.run = superlink.flwr.finished("".join(lines))
     if watched.run.status != "finished:completed":
         raise SystemExit(f"a run ended with {watched.run.status}:\n{watched.run.log[-4000:]}")
     return watched
+
+
+def processes() -> list[Path]:
+    """Return the folders of all processes."""
+    return list(Path("/proc").glob("[0-9]*"))
+
+
+def command(process: Path) -> str:
+    """Return the command line of a process; "" when it has ended."""
+    with contextlib.suppress(OSError):
+        return (process / "cmdline").read_text()
+    return ""
+
+
+def peak_kib(process: Path) -> int:
+    """Return the most memory that a process has had; 0 when it has ended."""
+    with contextlib.suppress(OSError):
+        found = re.search(r"VmHWM:\s+(\d+)", (process / "status").read_text())
+        return int(found.group(1)) if found else 0
+    return 0
 
 
 def noop_app(folder: Path) -> Path:
@@ -254,142 +386,290 @@ def noop_app(folder: Path) -> Path:
 
 
 def big_app(folder: Path) -> Path:
-    """Copy the app with a model of 10 MB: 2,600,000 parameters."""
+    """Copy the app with a model of 25 MB: 6,300,000 parameters."""
     copy_app(folder)
     module = folder / "pytorch_example_low_level" / "task.py"
     source = module.read_text()
-    module.write_text(source.replace("32 * 4 * 4, 128)", "32 * 4 * 4, 4900)").replace("Linear(128,", "Linear(4900,"))
+    wide = source.replace("32 * 4 * 4, 128)", f"32 * 4 * 4, {BIG})").replace("Linear(128,", f"Linear({BIG},")
+    module.write_text(wide)
     return folder
 
 
-def engine_seconds(watched: Watched, kind: str) -> float:
-    """Return the median seconds a message of the no-op app."""
-    found = re.findall(rf"NOOP {kind} (\d+) ([\d.]+)", watched.run.log)[1:]
-    return statistics.median(float(seconds) / int(count) for count, seconds in found)
-
-
-def median_of(rows: list[dict[str, Any]], key: str) -> float:
+def median_of(rows: Sequence[Mapping[str, Any]], key: str) -> float:
     """Return the median of a figure of results.json over rounds."""
     return float(statistics.median(row[key] for row in rows))
+
+
+class Progress:
+    """Says which step is under way, and how long the others will take, from what they took before on 2 cores."""
+
+    def __init__(self, steps: Sequence[tuple[str, float]]) -> None:
+        self.steps = steps
+        self.started = time.monotonic()
+        self.done = 0
+
+    def next(self, what: str) -> None:
+        """Print the step that begins."""
+        names, usual = zip(*self.steps, strict=True)
+        if names[self.done] != what:
+            raise ValueError(f"the next step is {names[self.done]!r}, not {what!r}")
+        gone, before = time.monotonic() - self.started, sum(usual[: self.done])
+        pace = gone / before if before else 1.0
+        left = timedelta(seconds=round(pace * sum(usual[self.done :])))
+        self.done += 1
+        print(f"[{self.done}/{len(self.steps)}, {gone:.0f} s gone, about {left} left] {what} ...", flush=True)
 
 
 # ----------------------------------------------------------------------------------- Figures
 
 
-def measure(
-    superlink: LocalSuperLink, folder: Path, dataset: str, rounds: int, say: Callable[[str], None]
-) -> dict[str, Any]:
-    """Measure what a round and the start-up cost."""
-    figures: dict[str, Any] = {}
-    common: dict[str, Any] = {"nodes": NODES, "use_wandb": False, "dataset": dataset}
-    first_reply = {"first TRAIN reply": r"Received 1/1 results \(TRAIN\)"}
-    one = {"fraction_clients_train": 0.001, "min_train_nodes": 1, "num_server_rounds": 1}
+@dataclass
+class Report:
+    """All that was measured; written after each step."""
+
+    out: Path | None
+    dataset: str
+    figures: dict[str, float] = field(default_factory=dict)
+    scale: list[dict[str, Any]] = field(default_factory=list)
+
+    def save(self) -> None:
+        """Write OUT.json."""
+        if self.out:
+            machine = {"cores": WORKERS, "machine": platform.machine(), "torch": torch.__version__}
+            content = machine | {"dataset": self.dataset, "figures": self.figures, "scale": self.scale}
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            self.out.with_suffix(".json").write_text(json.dumps(content, indent=1))
+
+    def table(self) -> str:
+        """Return the figures in Markdown, those with a target first."""
+        lines = ["| figure | target | |", "| --- | --- | --- |"]
+        for key in sorted(self.figures, key=lambda key: key not in TARGETS):
+            target = f"≤ {TARGETS[key]:g}" if key in TARGETS else ""
+            lines.append(f"| {key} | {target} | {self.figures[key]:.2f} |")
+        return "\n".join(lines)
+
+    def scale_table(self) -> str:
+        """Return a line for each number of nodes in Markdown: seconds of a round, phase by phase."""
+        columns = {
+            "app": "app_round", "TRAIN": "app_train", "QUERY": "app_query", "EVALUATE": "app_evaluate",
+            "engine": "engine_round", "floor": "floor", "app / (floor + engine)": "ratio",
+            "first round": "app_first", "of the engine": "engine_first",
+        }  # fmt: skip
+        lines = [f"| nodes | asked | {' | '.join(columns)} |", f"|{' --- |' * (len(columns) + 2)}"]
+        for row in self.scale:
+            cells = " | ".join(f"{row[key]:.2f}" for key in columns.values())
+            lines.append(f"| {row['nodes']:,} | {row['asked']} | {cells} |")
+        return "\n".join(lines)
+
+    def law(self) -> str:
+        """Return the seconds of a round as a straight line over the nodes, where equally many were asked."""
+        rows = [row for row in self.scale if row["asked"] == SCALE[-1][1]]
+        nodes = np.array([row["nodes"] for row in rows])
+        slope, start = np.polyfit(nodes, [row["app_round"] for row in rows], 1)
+        engine_slope, engine_start = np.polyfit(nodes, [row["engine_round"] for row in rows], 1)
+        return (
+            f"A round takes {start:.1f} s and {1000 * slope:.2f} s for each 1,000 nodes; the engine alone "
+            f"{engine_start:.1f} s and {1000 * engine_slope:.2f} s. With 100,000 nodes that would be "
+            f"{start + 1e5 * slope:.0f} s, {engine_start + 1e5 * engine_slope:.0f} s of it the engine's."
+        )
+
+    def plot(self, path: Path) -> None:
+        """Draw the seconds of a round over the nodes, phase by phase."""
+        from matplotlib.figure import Figure
+
+        rows = {row["nodes"]: row for row in self.scale}.values()  # of two numbers asked, the larger
+        nodes = [row["nodes"] for row in rows]
+        figure = Figure(figsize=(7, 4.2), layout="constrained")
+        axes = figure.subplots()
+        for label, key, style, colour in (
+            ("app", "app_round", "o-", "#0072B2"),
+            ("TRAIN", "app_train", "s:", "#E69F00"),
+            ("QUERY", "app_query", "^:", "#009E73"),
+            ("EVALUATE", "app_evaluate", "v:", "#CC79A7"),
+            ("engine with handlers that do nothing", "engine_round", "x--", "#D55E00"),
+        ):
+            axes.plot(nodes, [row[key] for row in rows], style, color=colour, label=label)
+        title = "A round after the first: 50 nodes train, at most 200 are asked"
+        axes.set(xscale="log", yscale="log", xlabel="nodes", ylabel="seconds", title=title)
+        axes.set_xticks(nodes, [f"{count:,}" for count in nodes])
+        axes.grid(alpha=0.3, which="both")
+        axes.legend(fontsize="small")
+        figure.savefig(path, dpi=110)
+
+
+def measure(superlink: LocalSuperLink, noop: Path, report: Report, progress: Progress, rounds: int) -> None:
+    """Measure a round and the start-up with 50 nodes."""
+    figures = report.figures
+    setting = Setting(50, 10, 50, report.dataset, "dirichlet")
+    quick: dict[str, Any] = {"query_max_delay": 0.0, "query_timeout": 30.0, "nodes": 50} | setting.run_config()
 
     bare: list[float] = []
-    rows: dict[str, list[dict[str, Any]]] = {"app": [], "app, stragglers": []}
+    engine: list[float] = []
+    app: list[dict[str, Any]] = []
     for turn in (1, 2):
-        say(f"floor ({turn} of 2)")
-        bare += floor(dataset, rounds)
-        say(f"app without stragglers ({turn} of 2)")
-        quick = watch(superlink, {}, num_server_rounds=rounds, query_max_delay=0.0, query_timeout=30.0, **common)
-        rows["app"] += quick.run.results[2:]  # row 0 is the initial model; in round 1 the workers still load data
-    say("app with the default stragglers")
-    rows["app, stragglers"] = watch(superlink, {}, num_server_rounds=rounds, **common).run.results[2:]
-    figures["floor: s a round"] = statistics.median(bare)
-    for name, of in rows.items():
-        figures[f"{name}: s a round"] = median_of(of, "seconds_total")
-    for phase in ("train", "query", "evaluate"):
-        figures[f"app: s in {phase.upper()}"] = median_of(rows["app"], f"seconds_{phase}")
-    query_timeout = 2.0  # the default: with stragglers, QUERY always lasts until then
-    figures["app, stragglers: s a round, without the deadline's 2 s"] = (
-        figures["app, stragglers: s a round"] - query_timeout
+        progress.next(f"floor ({turn} of 2)")
+        bare += floor(setting, rounds)
+        progress.next(f"app without stragglers ({turn} of 2)")
+        watched = watch(superlink, num_server_rounds=rounds, **quick)
+        app += watched.run.results[2:]  # row 0 is the initial model; in round 1 the workers load data
+        progress.next(f"engine ({turn} of 2)")
+        engine += watch(superlink, nodes=50, app=noop, rounds=rounds, **setting.messages()).engine("round")[1:]
+    progress.next("engine by send_and_receive")
+    naive = watch(superlink, nodes=50, app=noop, rounds=rounds, send_and_receive=True, **setting.messages())
+    progress.next("app with the default stragglers")
+    stragglers = watch(superlink, num_server_rounds=rounds, nodes=50, **setting.run_config()).run.results[2:]
+
+    figures["50 nodes: floor, s a round"] = statistics.median(bare)
+    figures["50 nodes: engine, s a round"] = statistics.median(engine)
+    figures["50 nodes: engine by send_and_receive, s a round"] = statistics.median(naive.engine("round")[1:])
+    figures["50 nodes: app, s a round"] = median_of(app, "seconds_total") - median_of(app, "seconds_nodes")
+    for phase in PHASES:
+        figures[f"50 nodes: app, s in {phase.upper()}"] = median_of(app, f"seconds_{phase}")
+    figures["50 nodes: app, s in the central evaluation"] = median_of(app, "seconds_central")
+    figures["50 nodes: app with stragglers, s a round"] = median_of(stragglers, "seconds_total")
+    figures["50 nodes: app / floor, a round"] = (
+        figures["50 nodes: app, s a round"] / figures["50 nodes: floor, s a round"]
     )
-    say(f"start-up of app and engine, {STARTS} times each")
-    noop = noop_app(folder / "noop-app")
-    engine_first = {"first TRAIN reply": "NOOP train"}
+    figures["50 nodes: app / (floor + engine), a round"] = figures["50 nodes: app, s a round"] / (
+        figures["50 nodes: floor, s a round"] + figures["50 nodes: engine, s a round"]
+    )
+    figures["50 nodes: server, peak MiB"] = watched.server_peak / MIB
+    figures["50 nodes: worker, peak MiB"] = watched.worker_peak / MIB
+    report.save()
+
+    progress.next(f"start-up of app and engine, {STARTS} times each")
     starts: dict[str, list[float]] = {"app": [], "engine": []}
+    one = quick | {"fraction_clients_train": 0.001, "num_server_rounds": 1}
+    few: dict[str, Any] = {"trained": 1, "asked": 1, "evaluated": 1, "rounds": 1}
     for _ in range(STARTS):
-        app = watch(superlink, first_reply, **one, query_max_delay=0.0, **common)
-        engine = watch(superlink, engine_first, nodes=NODES, app=noop)
-        for name, watched in (("app", app), ("engine", engine)):
-            starts[name].append(watched.seconds_to["first TRAIN reply"])
-    figures["engine: s for a round's messages"] = sum(
-        engine_seconds(engine, kind) * count
-        for kind, count in (("train", SAMPLED), ("query", NODES), ("evaluate", OPTED_IN))
+        first = r"Received 1/1 results \(TRAIN\)"
+        starts["app"].append(watch(superlink, first, **one).seconds_to[first])
+        first = "NOOP train"
+        starts["engine"].append(watch(superlink, first, nodes=50, app=noop, **few).seconds_to[first])
+    for name, values in starts.items():
+        figures[f"50 nodes: {name}, s to the first TRAIN reply"] = statistics.median(values)
+    figures["50 nodes: start-up to the first TRAIN reply, over the engine's, s"] = (
+        figures["50 nodes: app, s to the first TRAIN reply"] - figures["50 nodes: engine, s to the first TRAIN reply"]
     )
-    figures |= {f"{name}: s to the first TRAIN reply": statistics.median(v) for name, v in starts.items()}
-
-    figures["app / floor, a round"] = figures["app: s a round"] / figures["floor: s a round"]
-    figures["app / (floor + engine), a round"] = figures["app: s a round"] / (
-        figures["floor: s a round"] + figures["engine: s for a round's messages"]
-    )
-    figures["stragglers / none, a round without the deadline's 2 s"] = (
-        figures["app, stragglers: s a round, without the deadline's 2 s"] / figures["app: s a round"]
-    )
-    figures["start-up over the engine's, s"] = (
-        figures["app: s to the first TRAIN reply"] - figures["engine: s to the first TRAIN reply"]
-    )
-    figures["server, peak MiB"] = quick.server_peak / MIB
-    figures["worker, peak MiB"] = quick.worker_peak / MIB
-    return figures
+    report.save()
 
 
-def measure_scale(superlink: LocalSuperLink, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    """Measure what many nodes and a large model cost: time a message, memory of the server."""
-    figures: dict[str, Any] = {}
-    settings = {"use_wandb": False, "partitioner": "iid", "query_max_delay": 0.0, "query_timeout": 300.0}
-    settings |= {"opt_in_probability": 0.0, "num_server_rounds": 3}
-    noop = folder / "noop-app"
-    app, engine = {}, {}
-    for nodes in (50, 1000):
-        say(f"{nodes} nodes, app and engine")
-        app[nodes] = watch(superlink, {}, nodes=nodes, fraction_clients_train=0.1, **settings)
-        engine[nodes] = watch(superlink, {}, nodes=nodes, app=noop, expected=nodes, sampled=nodes // 10)
-    figures["1,000 nodes: app, ms a QUERY"] = median_of(app[1000].run.results[2:], "seconds_query")
-    figures["1,000 nodes: engine, ms a QUERY"] = 1000 * engine_seconds(engine[1000], "query")
-    figures["1,000 nodes: app / engine, a QUERY"] = (
-        figures["1,000 nodes: app, ms a QUERY"] / figures["1,000 nodes: engine, ms a QUERY"]
+def measure_scale(
+    superlink: LocalSuperLink,
+    noop: Path,
+    report: Report,
+    progress: Progress,
+    rounds: int,
+    sizes: Sequence[tuple[int, int]],
+) -> None:
+    """Measure a round of app, engine and floor with more and more nodes."""
+    for nodes, asked in sizes:
+        setting = Setting(nodes, 50, asked, report.dataset)
+        progress.next(f"{setting}: app, engine and floor")
+        row = measure_setting(superlink, setting, {}, {"app": noop}, rounds)
+        report.scale.append(row)
+        for name, key in (
+            ("app, s a round", "app_round"),
+            ("app / (floor + engine), a round", "ratio"),
+            ("app, s from nodes listed to row written, first round", "app_first"),
+        ):
+            if f"{setting}: {name}" in TARGETS:
+                report.figures[f"{setting}: {name}"] = row[key]
+        if nodes == 10_000:
+            small = report.scale[0]
+            more = [row[f"{who}_server_peak_mib"] - small[f"{who}_server_peak_mib"] for who in ("app", "engine")]
+            report.figures["server, 10,000 nodes against 50, MiB more"] = more[0]
+            report.figures["server, 10,000 nodes against 50, MiB more, beyond the engine's own"] = more[0] - more[1]
+        report.save()
+
+
+def measure_big(
+    superlink: LocalSuperLink, folder: Path, noop: Path, report: Report, progress: Progress, rounds: int
+) -> None:
+    """Measure a round with a model of 25 MB."""
+    setting = Setting(500, 50, 50, report.dataset, width=BIG)
+    progress.next("model of 25 MB: app, engine and floor")
+    row = measure_setting(
+        superlink, setting, {"app": big_app(folder)}, {"app": noop, "parameters": (512 + 11) * BIG}, rounds
     )
-    figures["server, 1,000 nodes against 50, MiB more"] = (app[1000].server_peak - app[50].server_peak) / MIB
-    peaks: dict[tuple[str, int], int] = {}
-    big = big_app(folder / "big-app")
-    for sampled in (10, 200):
-        say(f"10 MB model, {sampled} nodes sampled, app and engine")
-        fraction = sampled / 250
-        run = settings | {"num_server_rounds": 2, "fraction_clients_train": fraction}
-        peaks["app", sampled] = watch(superlink, {}, nodes=250, app=big, **run).server_peak
-        engine_run = watch(
-            superlink, {}, nodes=250, app=noop, expected=250, sampled=sampled, parameters=2_600_000, rounds=2
-        )
-        peaks["engine", sampled] = engine_run.server_peak
-    app_more = peaks["app", 200] - peaks["app", 10]
-    figures["server, 10 MB model, 200 sampled against 10, MiB more"] = app_more / MIB
-    figures["the same of the engine, MiB more"] = (peaks["engine", 200] - peaks["engine", 10]) / MIB
-    return figures
+    for key, name in (
+        ("app_round", "app, s a round"), ("engine_round", "engine, s a round"), ("floor", "floor, s a round"),
+        ("ratio", "app / (floor + engine), a round"), ("app_train", "app, s in TRAIN"),
+    ):  # fmt: skip
+        report.figures[f"25 MB, 50 of 500 nodes train: {name}"] = row[key]
+    for who in ("app", "engine"):
+        more = row[f"{who}_server_peak_mib"] - report.scale[0][f"{who}_server_peak_mib"]
+        report.figures[f"25 MB, 50 of 500 nodes train: {who}, server, MiB more than with the small model"] = more
+    report.save()
+
+
+def measure_setting(
+    superlink: LocalSuperLink, setting: Setting, app: dict[str, Any], noop: dict[str, Any], rounds: int
+) -> dict[str, Any]:
+    """Run app, engine and floor in one setting; return their medians over the rounds after the first."""
+    quick = {"query_max_delay": 0.0, "query_timeout": 300.0} | setting.run_config()
+    real = watch(superlink, nodes=setting.nodes, num_server_rounds=rounds, **quick, **app)
+    engine = watch(superlink, nodes=setting.nodes, rounds=rounds, **setting.messages(), **noop)
+    results = real.run.results[1:]  # row 0 is the initial model
+    figures = asdict(setting) | {
+        # From nodes listed to row written: the engine has no part in the pause in which the nodes are counted again.
+        "app_first": results[0]["seconds_total"] - results[0]["seconds_nodes"],
+        "app_round": statistics.median(row["seconds_total"] - row["seconds_nodes"] for row in results[1:]),
+        "app_nodes": median_of(results[1:], "seconds_nodes"),
+        "app_central": median_of(results[1:], "seconds_central"),
+        "engine_first": engine.engine("round")[0],
+        "engine_round": statistics.median(engine.engine("round")[1:]),
+        "floor": statistics.median(floor(setting, rounds)),
+        "evaluated": median_of(results[1:], "opted_in"),
+        "app_server_peak_mib": real.server_peak / MIB,
+        "engine_server_peak_mib": engine.server_peak / MIB,
+    }
+    for phase in PHASES:
+        figures[f"app_{phase}"] = median_of(results[1:], f"seconds_{phase}")
+        figures[f"engine_{phase}"] = statistics.median(engine.engine(phase)[1:])
+    return figures | {"ratio": figures["app_round"] / (figures["floor"] + figures["engine_round"])}
+
+
+def steps(sizes: Sequence[tuple[int, int]], rounds: int, scale_rounds: int) -> list[tuple[str, float]]:
+    """Return the steps of a whole measurement and about how many seconds each takes."""
+    found: list[tuple[str, float]] = []
+    for turn in (1, 2):
+        found += [(f"floor ({turn} of 2)", 15 + rounds), (f"app without stragglers ({turn} of 2)", 25 + 2 * rounds)]
+        found += [(f"engine ({turn} of 2)", 15 + rounds)]
+    found += [("engine by send_and_receive", 15 + rounds), ("app with the default stragglers", 25 + 4 * rounds)]
+    found += [(f"start-up of app and engine, {STARTS} times each", STARTS * 50.0)]
+    for nodes, asked in sizes:
+        name = f"{Setting(nodes, 50, asked, '')}: app, engine and floor"
+        found.append((name, 80 + nodes / 250 + scale_rounds * (6 + nodes / 500)))
+    return found + [("model of 25 MB: app, engine and floor", 90.0 + 40 * scale_rounds)] * bool(sizes)
 
 
 def main() -> None:
-    """Parse the command line, measure, print the table, write JSON."""
+    """Parse the command line, measure, print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", default=task.BUNDLED, help="as in the run configuration (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=10, help="rounds of each run (default: %(default)s)")
-    parser.add_argument("--scale", action="store_true", help="also 1,000 nodes and a 10 MB model")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--scale", action="store_true", help="also 50 to 10,000 nodes and a model of 25 MB")
+    parser.add_argument("--scale-rounds", type=int, default=5, help="rounds of each of those (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="OUT.json and, with --scale, OUT.png are written")
     args = parser.parse_args()
-    started, steps = time.monotonic(), iter(range(1, 100))
-    total = 6 + 4 * args.scale
-
-    def say(what: str) -> None:
-        print(f"[{next(steps)}/{total}, {time.monotonic() - started:.0f} s] measuring: {what} ...", flush=True)
-
+    sizes = SCALE if args.scale else ()
+    report = Report(args.out, args.dataset)
+    progress = Progress(steps(sizes, args.rounds, args.scale_rounds))
     with tempfile.TemporaryDirectory() as name, LocalSuperLink(Path(name) / "flower") as superlink:
-        figures = measure(superlink, Path(name), args.dataset, args.rounds, say)
+        noop = noop_app(Path(name) / "noop-app")
+        measure(superlink, noop, report, progress, args.rounds)
         if args.scale:
-            figures |= measure_scale(superlink, Path(name), say)
-    cpu = subprocess.run(["uname", "-m"], capture_output=True, text=True, check=True).stdout.strip()
-    print(f"\n{WORKERS} cores ({cpu}), torch {torch.__version__}, {args.dataset}; medians\n")
-    report(figures, args.out)
+            measure_scale(superlink, noop, report, progress, args.scale_rounds, sizes)
+            measure_big(superlink, Path(name) / "big-app", noop, report, progress, args.scale_rounds)
+    print(f"\n{WORKERS} cores ({platform.machine()}), torch {torch.__version__}, {args.dataset}; medians\n")
+    print(report.table())
+    if args.scale:
+        print(f"\nSeconds of a round:\n\n{report.scale_table()}\n\n{report.law()}")
+        if args.out:
+            report.plot(args.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":
-    main()
+    with interrupted_by_signals():  # so that no process is left behind
+        main()

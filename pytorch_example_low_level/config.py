@@ -61,7 +61,6 @@ class RunConfig:
     batch_size: int = setting("1 to 1000000", lambda v: 1 <= v <= 1e6)
     learning_rate: float = setting("above 0, at most 100", lambda v: 0 < v <= 100)
     momentum: float = setting("at least 0, below 1", lambda v: 0 <= v < 1)
-    max_grad_norm: float = setting("0 (no clipping) to 1000000", lambda v: 0 <= v <= 1e6)
     logit_adjustment: float = setting("0 (plain cross-entropy) to 10", lambda v: 0 <= v <= 10)
     lr_decay_every: int = setting("0 (never) to 1000000", lambda v: 0 <= v <= 1e6)
     lr_decay_factor: float = setting("above 0, at most 1", lambda v: 0 < v <= 1)

@@ -159,6 +159,26 @@ class Mailbox:
             if message_id in values:
                 yield node, values.pop(message_id)
 
+    def poll(self, batch: Batch, read: Callable[[RecordDict], T]) -> list[tuple[Node, T]]:
+        """Return the replies that are there, without waiting; `batch.nodes` keeps the nodes still missing.
+
+        `collect` waits for all nodes; this is for a loop that goes on with the first replies.
+        """
+        nodes, values = batch.nodes, dict[str, T]()
+        is_last_look = time.time() >= batch.deadline
+        chunks = [list(nodes)[start : start + MAX_LOOK] for start in range(0, len(nodes), MAX_LOOK)]
+        arrived = set().union(*(self._look(ids, batch, read, values) for ids in chunks))
+        batch.nodes = {i: node for i, node in nodes.items() if i not in arrived}
+        if is_last_look:
+            self._miss(batch, list(batch.nodes))
+            batch.nodes = {}
+        return [(nodes[i], value) for i, value in values.items()]
+
+    def forget(self, batch: Batch) -> None:
+        """Wait no longer for a batch that is polled: what still comes is late."""
+        self._late.extend(batch.nodes)
+        batch.nodes = {}
+
     def _look(
         self, ids: Sequence[str], batch: Batch, read: Callable[[RecordDict], T], values: dict[str, T]
     ) -> set[str]:
@@ -223,7 +243,7 @@ def clean(text: str) -> str:
 
 def last_line(text: str) -> str:
     """Return the last line with text in it: of a traceback, the one that says what went wrong."""
-    lines = [line for line in text[-4 * MAX_TEXT :].splitlines() if clean(line)]
+    lines = [line for line in text[-40 * MAX_TEXT :].splitlines() if clean(line)]
     return lines[-1] if lines else "no reason given"
 
 

@@ -49,7 +49,8 @@ def main(grid: Grid, context: Context) -> None:
         if state.server_round < 0:  # a new run: round 0 is the initial model
             recorder.commit(utils.new_row(0) | evaluate_centrally(net, state.model, test_split, device))
 
-        for server_round in range(state.server_round + 1, config.num_server_rounds + 1):
+        first_round = state.server_round + 1
+        for server_round in range(first_round, config.num_server_rounds + 1):
             log.info("")
             log.info("🔄 Starting round %s/%s", server_round, config.num_server_rounds)
             stopwatch.start()
@@ -58,7 +59,8 @@ def main(grid: Grid, context: Context) -> None:
             accuracies: list[float] = []
 
             # --- 0. Nodes: wait for them, and sample the cohort that trains in this round
-            nodes = wait_for_nodes(grid, config, before=state.results[-1]["nodes_available"])
+            before = state.results[-1]["nodes_available"]
+            nodes = wait_for_nodes(grid, config, before, resumed=server_round == first_round)
             cohort = sample_cohort(nodes, config, server_round)
             log.info("Sampled %s out of %s nodes.", len(cohort), len(nodes))
             row |= {"nodes_available": len(nodes), "train_sampled": len(cohort), "seconds_nodes": stopwatch.lap()}
@@ -102,7 +104,7 @@ def main(grid: Grid, context: Context) -> None:
 # ------------------------------------------------------------------------------- 0. Nodes
 
 
-def wait_for_nodes(grid: Grid, config: RunConfig, before: int | None) -> list[Node]:
+def wait_for_nodes(grid: Grid, config: RunConfig, before: int | None, *, resumed: bool) -> list[Node]:
     """Wait until `min-available-nodes` are connected and their number stands still; return all.
 
     `before` is how many there were in the last round. Raises UserError when too few nodes connect
@@ -128,7 +130,7 @@ def wait_for_nodes(grid: Grid, config: RunConfig, before: int | None) -> list[No
         last = len(nodes)  # in a simulation, nodes still register when the ServerApp is running
         time.sleep(min(SETTLE, config.node_wait_timeout))
     simulated = all(node.simulated for node in nodes)
-    if before not in (None, len(nodes)) and simulated:
+    if before not in (None, len(nodes)) and simulated and resumed:
         raise UserError(
             f"The run had {before} simulated nodes, and now there are {len(nodes)}: the images would be dealt out "
             f'anew. Resume it with --federation-config "num-supernodes={before} client-resources-num-cpus=1".'

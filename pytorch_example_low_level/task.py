@@ -1,7 +1,6 @@
 """Model, data, training and testing: PyTorch and data sets, nothing of Flower's messages.
 
-Images are decoded once and kept as `uint8` tensors. They are turned into floats a batch at a time,
-which is much cheaper than transforming them image by image.
+Images are decoded once and kept as `uint8` tensors, which become floats a batch at a time.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from importlib.util import find_spec
+from logging import getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 StateDict = dict[str, Tensor]
+log = getLogger("flwr")
 
 BUNDLED = "fashion-mnist-sample"
 ON_THE_HUB = "zalando-datasets/fashion_mnist"  # stands in where the bundled images are not installed
@@ -46,23 +47,26 @@ class DataError(UserError):
 
 
 class Net(nn.Module):
-    """A small CNN: two 5x5 convolutions, two linear layers; 80,202 parameters for 28x28 grey.
+    """A small CNN with 80,298 parameters for 28x28 grey images.
 
-    Maps float images (N, in_channels, H, W), 28x28 or 32x32, to logits (N, num_classes).
+    GroupNorm (Wu and He 2018, arXiv:1803.08494) lets one learning rate serve grey and colour images.
+    Unlike BatchNorm it keeps no statistics of a node's data, which differ between nodes.
     """
 
     def __init__(self, in_channels: int, num_classes: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, 16, 5)
+        self.norm1 = nn.GroupNorm(4, 16)
         self.conv2 = nn.Conv2d(16, 32, 5)
+        self.norm2 = nn.GroupNorm(4, 32)
         self.fc1 = nn.Linear(32 * 4 * 4, 128)
         self.fc2 = nn.Linear(128, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the logits."""
-        # ReLU and max-pooling commute; in this order ReLU has a quarter of the work.
-        x = F.relu(F.max_pool2d(self.conv1(x), 2))
-        x = F.relu(F.max_pool2d(self.conv2(x), 2))
+        """Map float images (N, in_channels, H, W), 28x28 or 32x32, to logits (N, num_classes)."""
+        # Behind the pooling, normalisation and ReLU have a quarter of the work.
+        x = F.relu(self.norm1(F.max_pool2d(self.conv1(x), 2)))
+        x = F.relu(self.norm2(F.max_pool2d(self.conv2(x), 2)))
         if x.shape[-2:] != (4, 4):  # 28x28 images give 4x4 here, 32x32 give 5x5
             x = F.adaptive_avg_pool2d(x, 4)
         x = F.relu(self.fc1(x.flatten(1)))
@@ -71,10 +75,7 @@ class Net(nn.Module):
 
 
 def make_model(in_channels: int, num_classes: int) -> nn.Module:
-    """Make the model. This is the one place to put another: server and nodes get theirs here.
-
-    It maps float images (N, in_channels, H, W) to logits (N, num_classes).
-    """
+    """Make the model. This is the one place to put another: server and nodes get theirs here."""
     return Net(in_channels, num_classes)
 
 
@@ -95,10 +96,8 @@ def pick_device(name: str = "auto") -> torch.device:
     try:
         torch.zeros(1, device=name).item()
     except Exception as error:  # a different class for each missing backend
-        raise UserError(
-            f"server-device: {name!r} is not usable on this machine ({first_line(error)}); allowed: 'auto', 'cpu', "
-            "and any other device that PyTorch has here"
-        ) from error
+        allowed = "allowed: 'auto', 'cpu', and any other device that PyTorch has here"
+        raise UserError(f"server-device: {name!r} is not usable here ({first_line(error)}); {allowed}") from error
     return torch.device(name)
 
 
@@ -128,13 +127,10 @@ class Split:
         return Split(self.images[chosen], self.labels[chosen], self.class_names)
 
     def numbered_as(self, class_names: Sequence[str]) -> Split:
-        """Return the split with its labels numbered as in `class_names`.
+        """Return the split with its labels numbered as in `class_names`, of which it may lack some.
 
-        A node may lack some classes, or have them in another order. Raises DataError when it has
-        a class that is not among `class_names`.
+        Raises DataError when it has a class that is not among them.
         """
-        if list(class_names) == list(self.class_names):
-            return self
         unknown = [name for name in self.class_names if name not in class_names]
         if unknown:
             raise DataError(
@@ -152,22 +148,17 @@ def load_partition(
 ) -> dict[str, Split]:
     """Load the "train" (80 %) and the "validation" (20 %) part of one partition of a data set.
 
-    A process keeps the 256 partitions that it used last. With more nodes than that, partitions are
-    small, so it holds about one copy of the training images at most.
-
-    Raises DataError when the data set cannot be loaded, or cannot be split that often.
+    A process keeps the 256 partitions that it used last: at most about one copy of the training
+    images. Raises DataError when the data set cannot be loaded, or cannot be split that often.
     """
-    with _explained(f"partition {partition_id} of {num_partitions} of dataset {dataset!r}"):
+    with _explained(f"dataset {dataset!r} for {num_partitions} nodes"):
         rows = partitions(dataset, partitioner, num_partitions, alpha, seed).load_partition(partition_id)
         return _train_and_validation(_to_split(rows), seed, partition_id)
 
 
 @lru_cache(maxsize=4)
 def load_folder(path: str, partition_id: int, seed: int) -> dict[str, Split]:
-    """Load the "train" and the "validation" part of a node's own folder of images.
-
-    Raises DataError when it holds no image-classification data set.
-    """
+    """Load the "train" and the "validation" part of a node's own folder of images. Raises DataError."""
     with _explained(f"data-path {path!r}"):
         splits = _load(path)
         rows = splits["train"] if "train" in splits else next(iter(splits.values()))
@@ -188,10 +179,7 @@ def load_test_split(dataset: str) -> Split:
 def partitions(
     dataset: str, partitioner: str, num_partitions: int, alpha: float, seed: int, *, decoded: bool = True
 ) -> Partitioner:
-    """Return the partitioner of flwr-datasets that holds the training split of a data set.
-
-    https://flower.ai/docs/datasets/ref-api/flwr_datasets.partitioner.html
-    """
+    """Return the partitioner of flwr-datasets that holds the training split of a data set."""
     from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner
 
     splits = _load(dataset)
@@ -230,8 +218,12 @@ def _load(dataset: str) -> datasets.DatasetDict:
     datasets.disable_progress_bars()
     path = Path(dataset).expanduser()
     if dataset == BUNDLED:
-        spec = find_spec("fashion_mnist_sample")
-        splits = datasets.load_dataset(str(Path(spec.origin).parent) if spec and spec.origin else ON_THE_HUB)
+        spec = find_spec("fashion_mnist_sample")  # from Flower's hub it comes without the images
+        if spec and spec.origin and Path(spec.origin).with_name("data").is_dir():
+            splits = datasets.load_dataset(str(Path(spec.origin).parent))
+        else:
+            log.info("The bundled images are not installed; taking %s from the Hugging Face Hub", ON_THE_HUB)
+            splits = datasets.load_dataset(ON_THE_HUB)
     elif (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         splits = datasets.load_from_disk(path)  # a folder of `save_to_disk`
     elif path.is_dir():
@@ -245,10 +237,7 @@ def _load(dataset: str) -> datasets.DatasetDict:
 
 
 def _canonical(splits: datasets.DatasetDict) -> datasets.DatasetDict:
-    """Find the image and the label column by their types; call them "image" and "label".
-
-    A lone column of numbers or text beside the images is taken for the labels.
-    """
+    """Find the image and the label column by their types, or a lone other column; rename them."""
     import datasets
 
     features = next(iter(splits.values())).features
@@ -278,9 +267,8 @@ def _canonical(splits: datasets.DatasetDict) -> datasets.DatasetDict:
 def _decode(rows: datasets.Dataset, *, in_memory: bool = False) -> datasets.Dataset:
     """Replace the column "image" by "pixels": the bytes (H, W, C) of the decoded image.
 
-    Images become RGB unless the first hundred are grey, and 32x32 unless the first is 28x28.
-    Hugging Face's cache keeps the result, and all processes and later runs map it into memory, so
-    an image is decoded only once.
+    Images become RGB unless the first hundred are grey, and 32x32 unless the first is 28x28. All
+    processes and later runs share the result through Hugging Face's cache.
     """
     first = rows.with_format(None)[:100]["image"]
     in_channels = 1 if all(image.mode in ("1", "L") for image in first) else 3
@@ -327,10 +315,10 @@ def _explained(what: str) -> Iterator[None]:
     except Exception as error:
         reason = " ".join(str(error).split()) or first_line(error)
         raise DataError(
-            f"Cannot use {what}: {reason} -- Allowed: dataset={BUNDLED!r} (comes with `pip install .` in the app's "
-            "folder, needs no network), the absolute path of a folder that datasets.load_dataset or "
-            "datasets.load_from_disk can read, or the name of an image-classification data set on the Hugging Face "
-            "Hub (needs network; with HF_HUB_OFFLINE=1 what is in the cache is used at once)."
+            f"Cannot use {what}: {reason} -- Allowed: dataset={BUNDLED!r} (its images come with `pip install .` in a "
+            f"clone of the app; without them it is {ON_THE_HUB} on the Hub), the absolute path of a folder that "
+            "datasets.load_dataset or datasets.load_from_disk can read, or the name of an image-classification data "
+            "set on the Hugging Face Hub (needs network; with HF_HUB_OFFLINE=1 what is in the cache is used at once)."
         ) from error
 
 
@@ -381,8 +369,6 @@ def train(
                 optimizer.zero_grad()
                 loss = F.cross_entropy(net(normalise(batch)) + adjustment, labels[rows])
                 loss.backward()  # type: ignore[no-untyped-call]
-                if config.max_grad_norm:
-                    nn.utils.clip_grad_norm_(trainable, config.max_grad_norm)
                 optimizer.step()
                 losses.append(loss.detach())
                 sizes.append(len(rows))
@@ -423,10 +409,8 @@ def test(net: nn.Module, data: Split, device: torch.device, batch_size: int = 50
 def normalise(images: Tensor) -> Tensor:
     """Turn uint8 images (N, C, H, W) into floats, each image with mean 0 and variance 1.
 
-    Each image is normalised by itself, as in
-    https://www.tensorflow.org/api_docs/python/tf/image/per_image_standardization: no node knows the
-    mean of the whole data set. An image of one colour becomes 0. The memory format channels_last
-    makes convolutions on a CPU about twice as fast:
+    No node knows the mean of the whole data set. An image of one colour becomes 0. The memory format
+    channels_last makes convolutions on a CPU about twice as fast:
     https://docs.pytorch.org/tutorials/intermediate/memory_format_tutorial.html
     """
     floats = images.to(torch.float32, memory_format=torch.channels_last)

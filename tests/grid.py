@@ -133,11 +133,12 @@ class TimedGrid(InProcessGrid):
 
     def push_messages(self, messages):
         messages = list(messages)
+        sent_at = time.time()
         ids = super().push_messages(messages)
         for message in messages:
             delay = self.delays[self.partition(message.metadata.dst_node_id)]
             for reply in self.replies.get(message.metadata.message_id, []):
-                reply.metadata.created_at = time.time() + delay
+                reply.metadata.created_at = sent_at + delay
         return ids
 
     def pull_messages(self, message_ids):

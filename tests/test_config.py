@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pytorch_example_low_level import server_app
-from pytorch_example_low_level.config import ConfigError, RunConfig
+from pytorch_example_low_level.config import ConfigError, Purpose, RunConfig, first_line, random_stream
 from tests.grid import make_context, run_config
 
 DEFAULTS = run_config()
@@ -16,6 +16,8 @@ DEFAULTS = run_config()
 WRONG = {
     "num-server-rounds": ["ten", 0, -1, 1.5, True, 10**7],
     "fraction-clients-train": ["half", 0, 0.0, 1.01, -0.2, math.nan, math.inf, True],
+    "fraction-clients-query": ["half", 0, 0.0, 1.01, -0.2, math.nan, True],
+    "evaluate-every": ["never", 0, -1, 1.5, 10**7],
     "min-available-nodes": ["two", 0, 2.0],
     "min-train-nodes": ["two", 0, 2.0, 3],
     "node-wait-timeout": ["soon", 0, -1.0, math.inf, 1e6],
@@ -23,6 +25,7 @@ WRONG = {
     "batch-size": ["all", 0, 32.0],
     "learning-rate": ["fast", 0, -0.1, math.nan, 1e3],
     "momentum": ["0.9", 1, 1.0, -0.1, math.nan],
+    "logit-adjustment": ["yes", -0.1, 10.1, math.nan, True],
     "lr-decay-every": ["never", -1, 0.5],
     "lr-decay-factor": ["half", 0, 1.5],
     "augment": ["yes", 1, 0],
@@ -34,12 +37,37 @@ WRONG = {
     "dataset": [1, "", "  "],
     "partitioner": [1, "shards", "IID"],
     "dirichlet-alpha": ["one", 0, -1.0, 1e-9],
-    "server-device": [0, "gpu", "cuda:x", ""],
+    "server-device": [0, "CUDA", "cuda:1234", "cuda:x", "", "cpu "],
     "seed": ["x", -1, 1.5, 2**63],
     "output-dir": [1, "", "a\0b"],
     "resume-from": [1, "a\0b"],
+    "initial-model": [1, "a\0b"],
     "use-wandb": ["false", 0],
-    "wandb-project": [1, "", "a/b", "x" * 129],
+    "wandb-project": [1, "", "a/b", "x" * 129, "a b"],
+}
+
+# The first and the last value allowed.
+LIMITS = {
+    "num-server-rounds": [1, 10**6],
+    "fraction-clients-train": [1e-9, 1.0],
+    "fraction-clients-query": [1e-9, 1.0],
+    "evaluate-every": [1, 10**6],
+    "min-available-nodes": [2, 10**6],
+    "min-train-nodes": [1, 2],
+    "local-epochs": [1, 10**4],
+    "batch-size": [1, 10**6],
+    "learning-rate": [1e-9, 100.0],
+    "momentum": [0.0, 0.999999],
+    "logit-adjustment": [0.0, 10.0],
+    "lr-decay-every": [0, 10**6],
+    "lr-decay-factor": [1e-9, 1.0],
+    "opt-in-probability": [0.0, 1.0],
+    "query-max-delay": [0.0, 86_400.0],
+    "dirichlet-alpha": [0.001, 1e6],
+    "seed": [0, 2**63 - 1],
+    "wandb-project": ["x", "x" * 128],
+    "server-device": ["cpu", "cuda:123"],
+    **{f"{name}-timeout": [1e-9, 86_400.0] for name in ("node-wait", "train", "query", "evaluate")},
 }
 
 
@@ -47,7 +75,7 @@ def read(**overrides) -> RunConfig:
     return RunConfig.from_context(make_context(DEFAULTS | {k.replace("_", "-"): v for k, v in overrides.items()}))
 
 
-def test_the_defaults_are_valid_and_come_back_with_the_keys_of_pyproject():
+def test_the_defaults_are_valid_and_come_back():
     assert RunConfig.from_context(make_context(DEFAULTS)).to_dict() == DEFAULTS
 
 
@@ -58,13 +86,18 @@ def test_a_whole_number_may_stand_for_a_float():
 
 
 @pytest.mark.parametrize(("key", "value"), [(k, v) for k, values in WRONG.items() for v in values])
-def test_a_wrong_value_is_named_with_its_key_and_what_is_allowed(key, value):
+def test_a_wrong_value_is_named_with_key_and_what_is_allowed(key, value):
     with pytest.raises(ConfigError) as error:
         RunConfig.from_context(make_context(DEFAULTS | {key: value}))
     line = str(error.value).splitlines()[1]
     assert line.startswith(f"  - {key}: ")
     assert (repr(value) in line) or (str(value) in line)
     assert "allowed: " in line
+
+
+@pytest.mark.parametrize(("key", "value"), [(k, v) for k, values in LIMITS.items() for v in values])
+def test_the_limits_are_allowed(key, value):
+    assert RunConfig.from_context(make_context(DEFAULTS | {key: value})).to_dict()[key] == value
 
 
 def test_every_key_has_a_wrong_value_in_the_table():
@@ -80,7 +113,7 @@ def test_unknown_and_missing_keys_are_named():
     assert "seed: missing" in str(error.value)
 
 
-def test_all_faults_are_reported_together_and_nothing_is_written(tmp_path):
+def test_all_faults_come_together_and_nothing_is_written(tmp_path):
     wrong = DEFAULTS | {k: v[0] for k, v in WRONG.items()} | {"output-dir": str(tmp_path / "outputs")}
     with pytest.raises(ConfigError) as error:
         server_app.main(None, make_context(wrong))
@@ -88,12 +121,21 @@ def test_all_faults_are_reported_together_and_nothing_is_written(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_keys_that_may_change_on_resuming_are_told_apart():
+    lasting = RunConfig.from_context(make_context(DEFAULTS)).to_dict(with_operational=False)
+    assert DEFAULTS.keys() - lasting.keys() == {
+        "num-server-rounds", "min-available-nodes", "node-wait-timeout", "train-timeout", "query-timeout",
+        "evaluate-timeout", "server-device", "output-dir", "resume-from", "use-wandb", "wandb-project",
+    }  # fmt: skip
+    assert lasting.items() <= DEFAULTS.items()
+
+
 VALUES = st.one_of(st.integers(), st.floats(), st.booleans(), st.text(max_size=20))
 
 
 @settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
 @given(st.dictionaries(st.sampled_from([*DEFAULTS, "unknown-key"]), VALUES))
-def test_any_values_give_a_configuration_or_one_error_that_names_each_fault(overrides):
+def test_any_values_give_a_configuration_or_one_error(overrides):
     try:
         config = RunConfig.from_context(make_context(DEFAULTS | overrides))
     except ConfigError as error:
@@ -102,3 +144,25 @@ def test_any_values_give_a_configuration_or_one_error_that_names_each_fault(over
         assert "Traceback" not in str(error)
     else:
         assert config.to_dict() == DEFAULTS | overrides
+
+
+def test_the_first_line_of_an_error_or_its_name():
+    assert first_line(ValueError("\n one\ntwo")) == "one"
+    assert first_line(ValueError()) == "ValueError"
+    assert first_line(ValueError(" \n")) == "ValueError"
+
+
+# -------------------------------------------------------------------------- Random streams
+
+
+def test_random_streams_never_coincide():
+    """`default_rng((42, 0))` and `default_rng((42, 0, 0, 0))` are the same stream; these must not be."""
+    names = [(s, p, r, i) for s in (0, 42, 2**32, 2**63 - 1) for p in Purpose for r in (0, 1, 2) for i in (0, 1, 2**63)]
+    drawn = {random_stream(*name).bytes(16) for name in names}
+    assert len(drawn) == len(names)
+    assert random_stream(42, Purpose.SPLIT).bytes(16) == random_stream(42, Purpose.SPLIT, 0, 0).bytes(16)
+
+
+def test_a_random_stream_is_the_same_everywhere():
+    """Results in the documentation depend on these bits."""
+    assert random_stream(42, Purpose.TRAIN, 3, 7).integers(0, 1000, 4).tolist() == [578, 331, 506, 404]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 
 import pandas as pd
 import pytest
@@ -10,19 +11,30 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricReco
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 
-from pytorch_example_low_level import client_app, server_app, task, utils
-from pytorch_example_low_level.config import REPLY_GRACE, RunConfig, UserError
-from pytorch_example_low_level.server_app import Node, sample_cohort
+from pytorch_example_low_level import client_app, messaging, task, utils
+from pytorch_example_low_level.config import UserError
 from tests.conftest import model, results, same_bits
-from tests.grid import InProcessGrid, make_context
+from tests.grid import InProcessGrid, TimedGrid
 
 pytestmark = pytest.mark.usefixtures("quick_plot")
 
 
-def test_a_run_leaves_the_files_and_figures_that_the_design_promises(app):
+FEDERATED = [key for key in utils.RESULT_KEYS if key.startswith("federated")]
+
+
+def by_round(grid: InProcessGrid, message_type: str) -> dict[int, list[Message]]:
+    """The messages of a type that were sent, by round."""
+    found: dict[int, list[Message]] = {}
+    for message in grid.sent:
+        if message.metadata.message_type == message_type:
+            found.setdefault(int(message.metadata.group_id), []).append(message)
+    return found
+
+
+def test_a_run_leaves_the_promised_files_and_figures(app):
     directory = app.run(num_server_rounds=3, lr_decay_every=2, opt_in_probability=1.0)
     files = {str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file()}
-    assert files == {
+    assert files - {".lock", ".holder"} == {
         "run_config.json", "results.json", "metrics.png", "final_model.pt",
         "checkpoints/best.pt", "checkpoints/last.pt",
     }  # fmt: skip
@@ -35,18 +47,64 @@ def test_a_run_leaves_the_files_and_figures_that_the_design_promises(app):
         counts = ("nodes_available", "train_sampled", "train_received", "query_sent", "opted_in", "evaluate_received")
         assert [row[k] for k in counts] == [5, 3, 3, 5, 5, 5]
         assert row["train_failed"] == row["train_rejected"] == row["evaluate_failed"] == 0
-        assert all(isinstance(value, int | float) and math.isfinite(value) for value in row.values())
-        assert row["seconds_total"] >= row["seconds_train"] + row["seconds_query"] + row["seconds_evaluate"] - 0.01
+        figures = [value for key, value in row.items() if key != "centralized_accuracy_per_class"]
+        assert all(isinstance(value, int | float) and math.isfinite(value) for value in figures)
     assert len(pd.read_json(directory / "results.json")) == 4
 
     accuracies = [row["centralized_accuracy"] for row in rows[1:]]
-    net = task.Net.from_state_dict(model(directory, "checkpoints/best.pt"))
-    test_split, _ = task.load_test_split(app.config()["dataset"])
-    assert task.test(net, test_split, torch.device("cpu"))[1] == max(accuracies)
+    net = task.make_model(1, 10)
+    net.load_state_dict(model(directory, "checkpoints/best.pt"))
+    test_split = task.load_test_split(app.config()["dataset"])
+    assert task.test(net, test_split, torch.device("cpu")).accuracy == max(accuracies)
+    net.load_state_dict(model(directory))
+    assert task.test(net, test_split, torch.device("cpu")).accuracy == accuracies[-1]
     assert (directory / "metrics.png").read_bytes()[:4] == b"\x89PNG"
     config = json.loads((directory / "run_config.json").read_text())
     assert config.pop("versions").keys() == {"flwr", "flwr-datasets", "torch", "numpy", "app", "python"}
+    assert config.pop("class-names") == list(test_split.class_names)
+    assert config.pop("image-shape") == [1, 28, 28]
     assert config == app.config(num_server_rounds=3, lr_decay_every=2, opt_in_probability=1.0)
+
+
+def test_the_accuracy_of_each_class_is_recorded(app):
+    """The mean over the classes, weighted by their images, is the accuracy."""
+    labels = task.load_test_split(app.config()["dataset"]).labels
+    counts = torch.bincount(labels, minlength=10).double()
+    for row in results(app.run()):
+        per_class = torch.tensor([math.nan if a is None else a for a in row["centralized_accuracy_per_class"]]).double()
+        assert len(per_class) == 10
+        assert torch.equal(per_class.isnan(), counts == 0)
+        assert (per_class.nan_to_num() @ counts / counts.sum()).item() == pytest.approx(row["centralized_accuracy"])
+
+
+def test_the_seconds_of_a_round_add_up(app, monkeypatch, caplog):
+    caplog.set_level("INFO", logger="flwr")
+    grid = app.grid()
+    nodes = grid.get_nodes
+
+    def slow_nodes():
+        time.sleep(0.1)
+        return nodes()
+
+    def slow(seconds):
+        def handler(msg, context):
+            time.sleep(seconds[msg.metadata.message_type])
+            return client_app.app(msg, context)
+
+        return handler
+
+    grid.get_nodes = slow_nodes
+    seconds = {MessageType.TRAIN: 0.2, MessageType.QUERY: 0.3, MessageType.EVALUATE: 0.4}
+    grid.handlers = {0: slow(seconds)}
+    overrides = {"fraction_clients_train": 1.0, "opt_in_probability": 1.0, "query_timeout": 60.0}
+    for row in results(app.run(grid, **overrides), times=True)[1:]:
+        parts = {key: row[f"seconds_{key}"] for key in ("nodes", "train", "central", "query", "evaluate")}
+        assert sum(parts.values()) == pytest.approx(row["seconds_total"], abs=0.05)
+        assert parts["nodes"] >= 0.1
+        assert parts["train"] >= 0.2
+        assert parts["central"] >= 0.3  # the queries are sent before it, and this Grid answers at once
+        assert parts["evaluate"] >= 0.4
+    assert "⏱️ Round took " in caplog.text
 
 
 def test_the_log_reads_like_the_design(app, caplog):
@@ -55,33 +113,54 @@ def test_the_log_reads_like_the_design(app, caplog):
     log = [r.message for r in caplog.records]
     start = log.index("🔄 Starting round 1/1")
     words = [
-        "🔄 Starting round", "Calling the roll", "5 of 5 nodes", "Sampled 3 out of 5 nodes.",
+        "🔄 Starting round", "Sampled 3 out of 5 nodes.",
         "📥 Received 3/3 results (TRAIN)", "💡 Centrally evaluated model -> loss:", "🎉 New best global model found:",
         "📨 Received 5/5 results (QUERY)", "✅ 5/5 nodes opted-in for evaluation (QUERY)",
-        "📥 Received 5/5 results (EVALUATE)", "📊 Federated evaluation -> loss:", "⏱️ Round took", "📂 Run directory:",
+        "📥 Received 5/5 results (EVALUATE)", "📊 Federated evaluation -> loss:", "⏱️ Round took",
+        "This run is finished: 1 rounds.", "📂 Run directory:",
     ]  # fmt: skip
     assert [line.startswith(word) for line, word in zip(log[start:], words, strict=True)] == [True] * len(words)
 
 
 def test_the_messages_are_those_of_the_contract(app):
     grid = app.grid()
-    app.run(grid, num_server_rounds=1, opt_in_probability=1.0)
-    by_type: dict[tuple, list[Message]] = {}
-    for message in grid.sent:
-        by_type.setdefault((message.metadata.message_type, message.metadata.group_id), []).append(message)
-    roll, train = by_type[MessageType.QUERY, "0"], by_type[MessageType.TRAIN, "1"]
-    query, evaluate = by_type[MessageType.QUERY, "1"], by_type[MessageType.EVALUATE, "1"]
-    assert [len(m) for m in (roll, train, query, evaluate)] == [5, 3, 5, 5]
-    assert dict(roll[0].content["config"]) == {"server-round": 0, "max-delay": 0.0}
-    assert dict(query[0].content["config"]) == {"server-round": 1, "max-delay": 0.0}
-    assert dict(train[0].content["config"]) == {"server-round": 1, "lr": 0.05}
-    assert dict(evaluate[0].content["config"]) == {"server-round": 1}
-    assert train[0].content["arrays"].keys() == task.Net().state_dict().keys()
-    assert train[0].content["arrays"] is train[1].content["arrays"]  # one copy for all nodes
-    assert train[0].metadata.ttl == 600 + REPLY_GRACE
+    start = time.time()
+    app.run(grid, opt_in_probability=1.0, lr_decay_every=1, query_max_delay=0.01)
+    train, query, evaluate = (by_round(grid, t) for t in (MessageType.TRAIN, MessageType.QUERY, MessageType.EVALUATE))
+    assert len(grid.sent) == 2 * (3 + 5 + 5)
+    names = list(task.load_test_split(app.config()["dataset"]).class_names)
+
+    def config_of(message: Message, timeout: float) -> dict:
+        config = dict(message.content["config"])
+        assert start + timeout <= config.pop("deadline") <= time.time() + timeout
+        return config
+
+    for server_round, lr in ((1, 0.05), (2, 0.025)):
+        assert [len(m[server_round]) for m in (train, query, evaluate)] == [3, 5, 5]
+        sent = train[server_round][0]
+        assert config_of(sent, 600) == {"server-round": server_round, "lr": lr, "class-names": names}
+        assert config_of(query[server_round][0], 2) == {"server-round": server_round, "max-delay": 0.01}
+        assert config_of(evaluate[server_round][0], 600) == {"server-round": server_round, "class-names": names}
+        assert sent.content.keys() == evaluate[server_round][0].content.keys() == {"arrays", "config"}
+        assert query[server_round][0].content.keys() == {"config"}
+        assert sent.content["arrays"].keys() == task.make_model(1, 10).state_dict().keys()
+        assert sent.content["arrays"] is train[server_round][1].content["arrays"]  # one copy for all nodes
+    # What is evaluated is what was aggregated, and it is trained on in the next round.
+    assert evaluate[1][0].content["arrays"].object_id == train[2][0].content["arrays"].object_id
+    assert evaluate[1][0].content["arrays"].object_id != train[1][0].content["arrays"].object_id
 
 
-def test_the_global_model_is_the_weighted_mean_of_what_the_nodes_send(app):
+def test_other_timeouts_are_other_deadlines(app):
+    grid = app.grid()
+    start = time.time()
+    timeouts = {"train_timeout": 1e3, "query_timeout": 2e3, "evaluate_timeout": 3e3}
+    app.run(grid, num_server_rounds=1, opt_in_probability=1.0, **timeouts)
+    deadlines = {m.metadata.message_type: m.content["config"]["deadline"] - start for m in grid.sent}
+    expected = {MessageType.TRAIN: 1e3, MessageType.QUERY: 2e3, MessageType.EVALUATE: 3e3}
+    assert deadlines == pytest.approx(expected, abs=100)
+
+
+def test_the_global_model_is_the_weighted_mean(app):
     """Partitions of 24 and 96 images; the first node always sends ones, the second threes."""
     grid = app.grid(num_nodes=2)
 
@@ -123,7 +202,8 @@ def test_the_federated_figures_are_weighted_by_examples(app):
     assert row["federated_evaluate_accuracy_p10"] == pytest.approx(0.3)
 
 
-def test_the_same_seed_gives_the_same_bits_whatever_the_node_ids_and_the_order_of_replies(app):
+def test_the_same_seed_gives_the_same_bits(app):
+    """Whatever the ids of the nodes and the order of the replies."""
     first = app.run(app.grid(seed=0))
     second = app.run(app.grid(seed=7))  # other node ids, replies in random order
     other = app.run(app.grid(seed=0), seed=43)
@@ -144,87 +224,143 @@ def test_nodes_that_do_not_opt_in_are_not_asked_to_evaluate(app):
 
 
 def test_opting_in_follows_its_probability(app):
-    config = RunConfig.from_context(make_context(app.config()))
-    answers = [
-        utils.random_stream(config.seed, utils.Purpose.QUERY, server_round, partition).random(2)[1] < 0.5
-        for server_round in range(1, 11)
-        for partition in range(50)
-    ]
-    assert 220 < sum(answers) < 280
+    grid = app.grid(num_nodes=24)
+    rows = results(app.run(grid, num_server_rounds=20, fraction_clients_train=0.01, opt_in_probability=0.3))[1:]
+    assert all(row["query_received"] == 24 for row in rows)
+    opted_in = [row["opted_in"] for row in rows]
+    assert 100 < sum(opted_in) < 190  # 480 answers: 144 ± 10
+    assert len(set(opted_in)) > 3  # each round anew
 
 
-# --------------------------------------------------------------------------------- Cohort
+# ------------------------------------------------------------------- Whom and when to ask
 
 
-def nodes(count: int) -> list[Node]:
-    return [Node(partition, 1000 + partition) for partition in range(count)]
-
-
-@pytest.mark.parametrize(
-    ("fraction", "least", "available", "expected"),
-    [(0.2, 2, 50, 10), (0.01, 2, 50, 2), (1.0, 2, 50, 50), (0.5, 2, 5, 2), (0.29, 1, 100, 29), (0.1, 3, 2, 2)],
-)
-def test_the_size_of_the_cohort(app, fraction, least, available, expected):
-    overrides = {"fraction_clients_train": fraction, "min_train_nodes": least, "min_available_nodes": 100}
-    config = RunConfig.from_context(make_context(app.config(**overrides)))
-    cohort = sample_cohort(nodes(available), config, 1)
-    assert len(set(cohort)) == len(cohort) == expected
-
-
-def test_the_cohort_is_uniform_and_a_pure_function_of_seed_and_round(app):
-    config = RunConfig.from_context(make_context(app.config(fraction_clients_train=0.2)))
-    everyone = nodes(50)
-    drawn = [node.key for r in range(1, 501) for node in sample_cohort(everyone, config, r)]
-    counts = torch.tensor(drawn).bincount(minlength=50)
-    assert counts.sum() == 5000
-    assert ((counts - 100).abs() < 5 * math.sqrt(80)).all()  # binomial: n p (1 - p) = 500 * 0.2 * 0.8
-    assert sample_cohort(everyone, config, 3) == sample_cohort(list(reversed(everyone)), config, 3)
-    assert sample_cohort(everyone, config, 3) != sample_cohort(everyone, config, 4)
-
-
-@pytest.mark.parametrize("claim", [-1, 2**62, 3, 49, 0])
-def test_a_false_partition_displaces_and_duplicates_no_other_node(app, claim):
+def test_only_a_sample_is_asked_to_opt_in(app, caplog):
+    caplog.set_level("INFO", logger="flwr")
     grid = app.grid(num_nodes=10)
-
-    def liar(msg, context):
-        reply = client_app.app(msg, context)
-        if msg.metadata.message_type == MessageType.QUERY:
-            reply.content["config"]["partition-id"] = claim
-        return reply
-
-    grid.handlers = {7: liar}
-    app.run(grid, num_server_rounds=3)
-    trained: dict[str, list[int]] = {}
-    for message in grid.sent:
-        if message.metadata.message_type == MessageType.TRAIN:
-            trained.setdefault(message.metadata.group_id, []).append(message.metadata.dst_node_id)
-    for cohort in trained.values():
-        assert len(set(cohort)) == len(cohort) == 6
-    config = RunConfig.from_context(make_context(app.config()))
-    honest = [Node(grid.partition(i), i) for i in grid.contexts if grid.partition(i) != 7]
-    for server_round, cohort in trained.items():
-        # Without the liar's lot, the order in which the honest nodes are drawn is what it was.
-        expected = sample_cohort(honest, config, int(server_round))[:5]
-        assert len({n.node_id for n in expected} & set(cohort)) >= 4
+    overrides = {"fraction_clients_query": 0.4, "opt_in_probability": 1.0, "num_server_rounds": 3}
+    rows = results(app.run(grid, **overrides))[1:]
+    assert [(r["query_sent"], r["query_received"], r["opted_in"], r["evaluate_received"]) for r in rows] == [
+        (4,) * 4
+    ] * 3
+    asked, evaluated = by_round(grid, MessageType.QUERY), by_round(grid, MessageType.EVALUATE)
+    cohorts = [[m.metadata.dst_node_id for m in asked[r]] for r in (1, 2, 3)]
+    assert cohorts == [[m.metadata.dst_node_id for m in evaluated[r]] for r in (1, 2, 3)]
+    assert len({tuple(cohort) for cohort in cohorts}) > 1
+    assert "📨 Received 4/4 results (QUERY)" in caplog.text
+    assert "✅ 4/4 nodes opted-in for evaluation (QUERY)" in caplog.text
 
 
-def test_waiting_for_nodes_ends_with_one_clear_error(app):
+def test_asking_fewer_nodes_changes_no_training(app):
+    assert same_bits(model(app.run(fraction_clients_query=0.2, evaluate_every=5)), model(app.run()))
+
+
+def test_the_federated_evaluation_comes_every_so_many_rounds(app):
+    grid = app.grid()
+    directory = app.run(grid, num_server_rounds=5, evaluate_every=2, opt_in_probability=1.0)
+    assert by_round(grid, MessageType.QUERY).keys() == by_round(grid, MessageType.EVALUATE).keys() == {2, 4, 5}
+    rows = results(directory, times=True)
+    keys = [*FEDERATED, "query_sent", "query_received", "opted_in", "evaluate_received", "evaluate_failed"]
+    keys += ["seconds_query", "seconds_evaluate"]
+    for row in rows[1:]:
+        assert {row[key] is None for key in keys} == {row["round"] in (1, 3)}
+        assert row["train_received"] == 3
+        assert row["centralized_accuracy"] is not None
+        assert row["seconds_total"] > 0
+
+
+def test_the_plot_copes_with_rounds_without_evaluation(app, monkeypatch):
+    rows = results(app.run(num_server_rounds=3, evaluate_every=2, opt_in_probability=1.0))
+    monkeypatch.undo()  # the real plot
+    figure = utils.plot_results(rows, list("abcdefghij"))
+    (line,) = [line for line in figure.axes[0].lines if line.get_label().startswith("federated mean")]
+    assert list(line.get_xdata()) == [2, 3]
+    never = utils.plot_results(rows[:1], list("abcdefghij"))
+    assert [len(line.get_xdata()) for line in never.axes[0].lines[:2]] == [1, 0]
+
+
+# ------------------------------------------------------------------------------ Deadlines
+
+
+def test_a_long_central_evaluation_costs_no_node_its_place(app, monkeypatch):
+    """It takes ten times `query-timeout`: prompt answers to the queries are used, late ones are not."""
+    real, central = task.test, task.load_test_split(app.config()["dataset"])
+
+    def slow(net, data, *args):
+        time.sleep(3.0 if data is central and grid.sent else 0)  # not in round 0
+        return real(net, data, *args)
+
+    config = app.config(num_server_rounds=1, query_timeout=0.3, opt_in_probability=1.0, train_timeout=60.0)
+    grid = TimedGrid([0.0, 0.8, 0.0, 0.1, 1.5], client_app.app, config)
+    monkeypatch.setattr(task, "test", slow)
+    row = results(app.run(grid, **{k.replace("-", "_"): v for k, v in config.items()}), times=True)[1]
+    assert (row["query_sent"], row["query_received"], row["opted_in"], row["evaluate_received"]) == (5, 3, 3, 3)
+    asked = {grid.partition(m.metadata.dst_node_id) for m in by_round(grid, MessageType.EVALUATE)[1]}
+    assert asked == {0, 2, 3}
+    assert row["seconds_central"] >= 3
+    assert row["seconds_query"] < 2
+
+
+def test_the_server_fetches_few_models_ahead_of_their_turn(app):
+    grid = app.grid(num_nodes=24)
+    app.run(grid, num_server_rounds=1, fraction_clients_train=1.0, opt_in_probability=0.0)
+    assert len(by_round(grid, MessageType.TRAIN)[1]) == 24
+    assert 1 < grid.peak_models <= messaging.MAX_WAITING
+
+
+# ---------------------------------------------------------------------------------- Nodes
+
+
+def test_too_few_nodes_end_a_run_before_the_first_round(app):
     grid = app.grid()
     grid.connected = set(list(grid.contexts)[:1])
     with pytest.raises(UserError, match=r"Only 1 nodes are connected after 0\.3 s, and min-available-nodes is 2"):
         app.run(grid, node_wait_timeout=0.3)
+    assert grid.sent == []
 
 
-def test_nodes_that_connect_while_the_roll_is_called_are_in_the_first_round(app):
+def test_nodes_that_register_while_the_run_starts_take_part(app):
     grid = app.grid()
-    everyone = set(grid.contexts)
-    grid.connected = set(list(everyone)[:2])
+    everyone = sorted(grid.contexts, key=grid.partition)
+    grid.connected = set()
+    nodes = grid.get_nodes
 
-    def connect(messages):
-        grid.connected = everyone
+    def register():
+        grid.connected.update(everyone[: len(grid.connected) + 2])
+        return nodes()
 
-    grid.before_push = connect
+    grid.get_nodes = register
     assert [row["nodes_available"] for row in results(app.run(grid))[1:]] == [5, 5]
+
+
+def test_nodes_that_register_after_round_1_take_part(app):
+    grid = app.grid()
+    late = next(i for i in grid.contexts if grid.partition(i) == 4)
+    grid.connected.discard(late)
+
+    def register(messages):
+        if messages[0].metadata.message_type == MessageType.EVALUATE:
+            grid.connected.add(late)
+
+    grid.before_push = register
+    assert [row["nodes_available"] for row in results(app.run(grid, opt_in_probability=1.0))[1:]] == [4, 5]
+
+
+def test_a_simulation_is_not_resumed_with_other_nodes(app):
+    directory = app.run(num_server_rounds=1)
+    with pytest.raises(UserError, match=r'The run had 5 simulated nodes, and now there are 6: .*"num-supernodes=5 '):
+        app.run(app.grid(num_nodes=6), resume_from=str(directory))
+    assert len(results(directory)) == 2
+    assert len(results(app.run(resume_from=str(directory)))) == 3
+
+
+def test_a_federation_is_resumed_with_other_nodes(app, caplog):
+    caplog.set_level("INFO", logger="flwr")
+    directory = app.run(num_server_rounds=1)
+    grid = app.grid(num_nodes=6)
+    grid.simulated = False
+    assert results(app.run(grid, resume_from=str(directory)))[2]["nodes_available"] == 6
+    assert "6 nodes are connected; there were 5 in the last round." in caplog.text
 
 
 # ------------------------------------------------------- Flower's own strategy, and its tutorial
@@ -232,7 +368,7 @@ def test_nodes_that_connect_while_the_roll_is_called_are_in_the_first_round(app)
 
 def test_this_client_app_runs_under_flowers_fedavg(app):
     grid = app.grid()
-    arrays = ArrayRecord(task.Net.initial(1, 10, 0).state_dict())
+    arrays = ArrayRecord(task.initial_model(1, 10, 0).state_dict())
     config = ConfigRecord({"lr": 0.05})
     result = FedAvg(fraction_train=0.6).start(grid, arrays, num_rounds=2, train_config=config, timeout=30)
     assert set(result.train_metrics_clientapp) == set(result.evaluate_metrics_clientapp) == {1, 2}
@@ -246,7 +382,7 @@ def tutorial_client_app() -> ClientApp:
 
     @app.train()
     def train(msg, context):
-        net = task.Net()
+        net = task.make_model(1, 10)
         net.load_state_dict(msg.content["arrays"].to_torch_state_dict())
         optimizer = torch.optim.Adam(net.parameters(), lr=msg.content["config"]["lr"])
         loss = torch.nn.functional.cross_entropy(net(torch.ones(8, 1, 28, 28)), torch.ones(8, dtype=torch.long))
@@ -268,11 +404,3 @@ def test_this_server_app_drives_the_client_app_of_the_tutorial(app):
     rows = results(app.run(grid))[1:]
     assert [row["train_received"] for row in rows] == [3, 3]
     assert [(row["query_sent"], row["query_received"], row["opted_in"]) for row in rows] == [(5, 0, 0)] * 2
-
-
-def test_the_server_fetches_few_models_ahead_of_their_turn(app):
-    grid = app.grid(num_nodes=30)
-    app.run(grid, num_server_rounds=1, fraction_clients_train=1.0, opt_in_probability=0.0)
-    trained = [m for m in grid.sent if m.metadata.message_type == MessageType.TRAIN]
-    assert len(trained) == 30
-    assert grid.peak_models <= server_app.PULL_WINDOW

@@ -23,7 +23,7 @@ BINARY = ["cat", "dog"]
 
 def config(**overrides) -> RunConfig:
     """Plain SGD without momentum in batches of four, unless told otherwise."""
-    plain = {"batch_size": 4, "momentum": 0.0, "max_grad_norm": 0.0, "logit_adjustment": 0.0}
+    plain = {"batch_size": 4, "momentum": 0.0, "logit_adjustment": 0.0}
     return RunConfig.from_context(make_context(run_config(**plain | overrides)))
 
 
@@ -168,13 +168,6 @@ def test_momentum_keeps_the_last_step():
     assert net.logits.tolist() == pytest.approx([-0.5 - second, 0.5 + second], rel=1e-6)
 
 
-@pytest.mark.parametrize(("norm", "factor"), [(0.0, 1.0), (10.0, 1.0), (0.1, 0.1 / math.sqrt(1 / 8))])
-def test_gradients_are_clipped_to_their_norm(norm, factor):
-    net = Constant()  # the norm of (1/4, -1/4) is the root of 1/8
-    train(net, black([1, 1, 1, 1]), max_grad_norm=norm)
-    assert net.logits.tolist() == pytest.approx([-0.025 * factor, math.log(3) + 0.025 * factor], rel=1e-4)
-
-
 def test_logit_adjustment_worked_out_by_hand():
     """Three of class 1 and none of class 0: log(1), log(4) are added, so softmax is (1/13, 12/13)."""
     net = Constant()
@@ -310,7 +303,7 @@ def test_frozen_and_unused_parameters_stay_and_the_others_learn():
     net.unused = nn.Linear(2, 2)
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     net.conv1.requires_grad_(False)
-    train(net, split(20), momentum=0.9, max_grad_norm=1.0)
+    train(net, split(20), momentum=0.9)
     same = {name for name, tensor in net.state_dict().items() if torch.equal(tensor, before[name])}
     assert same == {"conv1.weight", "conv1.bias", "unused.weight", "unused.bias"}
 

@@ -1,0 +1,197 @@
+"""What the recipes of docs/recipes.md change: each beside the app without it, in this process.
+
+    python -m benchmarks.recipes fedprox --seeds 3
+
+The nodes of a run work one after the other on the bundled images. Where seconds matter, they are
+those of a clock that only waiting moves: a TRAIN message takes as long as the node's pace says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tests.grid import InProcessGrid
+from tests.recipes import PacedGrid, changed_app, run
+
+Row = dict[str, Any]
+COLOURS = ("#0072B2", "#D55E00", "#009E73")  # Okabe and Ito: safe for the colour-blind
+
+
+@dataclass
+class Variant:
+    """One row of a table: the recipes that are applied, and the run configuration."""
+
+    name: str
+    recipes: tuple[str, ...] = ()
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+FIGURES: dict[str, Callable[[list[Row]], float]] = {
+    "accuracy": lambda rows: rows[-1]["centralized_accuracy"],
+    "best": lambda rows: max(row["centralized_accuracy"] for row in rows),
+    "nodes": lambda rows: rows[-1]["federated_evaluate_accuracy"],
+    "worst node": lambda rows: rows[-1]["federated_evaluate_accuracy_min"],
+    "personal": lambda rows: rows[-1].get("federated_evaluate_personal_accuracy", np.nan),
+    "seconds": lambda rows: sum(row["seconds_total"] for row in rows[1:]),
+    "epsilon": lambda rows: rows[-1].get("epsilon", np.nan),
+}
+
+
+@dataclass
+class Experiment:
+    """A table: its rows and columns, and on which nodes the runs are."""
+
+    variants: list[Variant]
+    figures: tuple[str, ...] = ("accuracy",)
+    nodes: int = 50
+    slow: float = 1.0  # the tenth of the nodes that is this many times slower
+    wild: int = 0  # the number of nodes that reply with noise
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+def skewed(alpha: float, *variants: Variant) -> list[Variant]:
+    """Return the variants with a Dirichlet α of their own."""
+    return [Variant(f"{v.name}, α = {alpha}", v.recipes, {"dirichlet-alpha": alpha} | v.config) for v in variants]
+
+
+OPTIMIZERS = (Variant("FedAvg"), Variant("FedAvgM", ("fedavgm",)), Variant("FedAdam", ("fedavgm", "fedadam")))
+MANY_NODES = {"partitioner": "iid", "fraction-clients-train": 0.5, "fraction-clients-query": 0.01}
+MANY_NODES |= {"num-server-rounds": 5, "local-epochs": 5, "batch-size": 8}
+
+EXPERIMENTS = {
+    "models": Experiment([Variant("Net"), Variant("transformer", ("transformer",))]),
+    "fedopt": Experiment([*skewed(1.0, *OPTIMIZERS), *skewed(0.1, *OPTIMIZERS)]),
+    "fedprox": Experiment(
+        [Variant("FedAvg"), *(Variant(f"μ = {mu}", ("fedprox",), {"proximal-mu": mu}) for mu in (0.01, 0.1, 1.0))],
+        config={"dirichlet-alpha": 0.1, "local-epochs": 5},
+    ),
+    "first-k": Experiment(
+        [Variant("all 10 of 10"), Variant("the first 10 of 13", ("first-k",), {"fraction-clients-train": 0.26})],
+        figures=("accuracy", "seconds"),
+        slow=10.0,
+    ),
+    "fedbuff": Experiment(
+        [
+            Variant("synchronous, 10 of 50", (), {"num-server-rounds": 20}),
+            Variant("FedBuff, 10 at work", ("fedbuff",), {"num-server-rounds": 40}),
+        ],
+        figures=("accuracy", "seconds"),
+        slow=10.0,
+        config={"lr-decay-every": 0},
+    ),
+    "dp": Experiment(
+        [
+            Variant("FedAvg"),
+            *(Variant(f"noise multiplier {z}", ("dp",), {"noise-multiplier": z, "clip-norm": 0.5}) for z in (0.1, 0.3)),
+        ],
+        figures=("accuracy", "epsilon"),
+        nodes=400,
+        config=MANY_NODES,
+    ),
+    "personal-head": Experiment(
+        skewed(0.1, Variant("personal head", ("personal-head",))) + skewed(1.0, Variant("same", ("personal-head",))),
+        figures=("accuracy", "nodes", "personal"),
+        config={"opt-in-probability": 1.0, "num-server-rounds": 20},
+    ),
+    "adamw": Experiment([Variant("SGD, rate 0.05"), Variant("AdamW, rate 0.001", ("adamw",))]),
+    "median": Experiment([Variant("mean"), Variant("median", ("median",))]),
+    "median-wild": Experiment([Variant("mean"), Variant("median", ("median",))], wild=5),
+}
+
+
+def measure(experiment: Experiment, variant: Variant, seed: int) -> list[Row]:
+    """Run a variant once; return the rows of results.json."""
+    with tempfile.TemporaryDirectory() as folder:
+        app = changed_app(*variant.recipes)
+        config = {
+            "use-wandb": False,
+            "query-max-delay": 0.0,
+            "output-dir": folder,
+            "seed": seed,
+            "evaluate-every": 1000,
+        }
+        config |= experiment.config | variant.config
+        if experiment.slow > 1:
+            paces = np.random.default_rng(seed).lognormal(sigma=0.3, size=experiment.nodes)
+            paces[::10] *= experiment.slow
+            grid: Any = PacedGrid(app, config, list(paces))
+        else:
+            grid = InProcessGrid(app.client_app.app, config, experiment.nodes)
+        for partition in range(experiment.wild):
+            grid.handlers[partition] = wild(app)
+        run(app, config, grid)
+        (path,) = Path(folder).glob("*/*/results.json")
+        rows: list[Row] = json.loads(path.read_text())
+        return rows
+
+
+def wild(app: Any) -> Callable[..., Any]:
+    """Return a ClientApp that answers TRAIN with noise."""
+
+    def handle(message: Any, context: Any) -> Any:
+        reply = app.client_app.app(message, context)
+        if "arrays" in reply.content:
+            rng = np.random.default_rng(0)
+            arrays = reply.content["arrays"].to_torch_state_dict()
+            noise = {name: tensor + torch.from_numpy(rng.normal(0, 1, tensor.shape)) for name, tensor in arrays.items()}
+            reply.content["arrays"] = app.messaging.to_array_record(
+                {name: tensor.float() for name, tensor in noise.items()}
+            )
+        return reply
+
+    return handle
+
+
+def plot(results: dict[str, list[list[Row]]], path: Path) -> None:
+    """Draw the accuracy over the seconds."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for (name, runs), colour in zip(results.items(), COLOURS, strict=False):
+        for number, rows in enumerate(runs):
+            seconds = np.cumsum([row["seconds_total"] or 0.0 for row in rows])
+            accuracies = [row["centralized_accuracy"] for row in rows]
+            axes.plot(seconds, accuracies, color=colour, label=name if not number else None)
+    axes.set(xlabel="seconds (a median node trains for 1 s)", ylabel="accuracy over the test split")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=100)
+
+
+def main() -> None:
+    """Parse the command line, do the runs, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=EXPERIMENTS)
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds, from 0 (default: %(default)s)")
+    parser.add_argument("--plot", type=Path, help="draw accuracy over seconds into this file")
+    args = parser.parse_args()
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+
+    experiment = EXPERIMENTS[args.name]
+    results: dict[str, list[list[Row]]] = {}
+    print("| |", " | ".join(experiment.figures), "|\n| --- |" + " --- |" * len(experiment.figures))
+    for variant in experiment.variants:
+        runs = results[variant.name] = [measure(experiment, variant, seed) for seed in range(args.seeds)]
+        cells = []
+        for name in experiment.figures:
+            values = np.array([FIGURES[name](rows) for rows in runs])
+            digits = 1 if name == "seconds" else 3
+            cells.append(f"{values.mean():.{digits}f} ± {values.std():.{digits}f}")
+        print(f"| {variant.name} |", " | ".join(cells), "|", flush=True)
+    if args.plot:
+        plot(results, args.plot)
+
+
+if __name__ == "__main__":
+    main()

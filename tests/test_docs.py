@@ -1,0 +1,459 @@
+"""What README and docs say is what the code does. `test_recipes.py` runs docs/recipes.md."""
+
+import importlib
+import json
+import logging
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from benchmarks.simulation import LocalSuperLink
+from deploy.cli import BIN, FlowerCli, free_port, start, stop
+from deploy.local_federation import HOST, make_certificates, make_node_key
+from deploy.prepare_partitions import write_partitions
+from pytorch_example_low_level import __version__, messaging, task, utils
+from pytorch_example_low_level.config import ConfigError, RunConfig
+from tests.conftest import results, wait_for
+from tests.grid import PROJECT, make_context
+
+PAGES = {
+    path.relative_to(PROJECT).as_posix(): path.read_text()
+    for path in (
+        PROJECT / "README.md",
+        PROJECT / "CONTRIBUTING.md",
+        PROJECT / "CHANGELOG.md",
+        *PROJECT.glob("docs/*.md"),
+    )
+}
+README, REFERENCE = PAGES["README.md"], PAGES["docs/reference.md"]
+DEPLOYMENT, TROUBLESHOOTING = PAGES["docs/deployment.md"], PAGES["docs/troubleshooting.md"]
+ALL = "\n".join(PAGES.values())
+PYPROJECT = tomllib.loads((PROJECT / "pyproject.toml").read_text())
+DEFAULTS = PYPROJECT["tool"]["flwr"]["app"]["config"]
+
+
+def table(text: str) -> list[list[str]]:
+    """The rows of all Markdown tables in the text."""
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:2] == "| "]
+
+
+def section(page: str, heading: str) -> str:
+    """The text below a heading, up to the next one of the same level."""
+    level = heading.split(maxsplit=1)[0]
+    return page.split(f"\n{heading}\n")[1].split(f"\n{level} ", maxsplit=1)[0]
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors that GitHub makes of the headings."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+# ------------------------------------------------------------------------- README, CONTRIBUTING
+
+
+def test_the_front_matter_is_that_of_flowers_examples():
+    front_matter = yaml.safe_load(README.split("---\n")[1])
+    assert front_matter.keys() == {"tags", "dataset", "framework"}
+    assert all(isinstance(value, list) and value for value in front_matter.values())
+
+
+def test_readme_and_contributing_are_short():
+    assert len(README.splitlines()) <= 250
+    assert len(PAGES["CONTRIBUTING.md"].splitlines()) <= 60
+
+
+def test_the_two_commands_are_complete():
+    assert re.search(r"^pip install -e \. && .*flwr run \. --stream", README, re.MULTILINE)
+    assert "<!-- test command -->" in (PROJECT / ".ci" / "run").read_text()
+    assert "<!-- test command -->\n```shell\npip install -e '.[test]' && pytest -n 2 --dist loadfile\n```" in README
+
+
+def test_versions_agree():
+    assert PYPROJECT["project"]["version"] == __version__
+    assert re.search(r"^## (.+)$", PAGES["CHANGELOG.md"], re.MULTILINE).group(1) == __version__
+    target = PYPROJECT["tool"]["flwr"]["app"]["flwr-version-target"]
+    assert f"flwr {target}" in README
+    assert f"flwr {target}" in TROUBLESHOOTING
+    assert f"superlink:{target}" in (PROJECT / "deploy" / "compose.yml").read_text()
+
+
+def test_the_metadata_is_what_flower_hub_asks_for():
+    project, app = PYPROJECT["project"], PYPROJECT["tool"]["flwr"]["app"]
+    assert re.fullmatch(r"[A-Za-z0-9-]{1,32}", project["name"])
+    assert re.fullmatch(r"[A-Za-z0-9-]+", app["publisher"])
+    assert project["license"] == {"file": "LICENSE"}
+    assert 0 < len(project["description"]) <= 200
+    assert app["fab-format-version"] == 1
+    lower_bound = re.match(r"flwr\[simulation\]>=([\d.]+),", project["dependencies"][0]).group(1)
+    assert app["flwr-version-target"].startswith(lower_bound)
+
+
+def test_each_module_is_listed_and_within_its_size():
+    modules = {
+        path.name: len(path.read_text().splitlines()) for path in PROJECT.glob("pytorch_example_low_level/[!_]*.py")
+    }
+    assert set(re.findall(r"── (\w+\.py) ", README)) == modules.keys()
+    limits = {row[0].strip("`"): row[2] for row in table(PAGES["CONTRIBUTING.md"]) if row[-1].isdigit()}
+    assert limits.keys() == modules.keys()
+    assert {name: lines for name, lines in modules.items() if lines > int(limits[name])} == {}
+
+
+def test_the_names_that_the_readme_says_to_edit_exist():
+    for _, where in table(section(README, "## Make the round your own"))[2:]:
+        names = re.findall(r"`(\w+)`", where)
+        for file in re.findall(r"`(\w+\.py)`", where):
+            module = importlib.import_module(f"pytorch_example_low_level.{file[:-3]}")
+            assert all(hasattr(module, name) for name in names), where
+
+
+def shape(line: str) -> str:
+    """A line of the log with its numbers, paths and ids replaced."""
+    line = re.sub(r"(?<=: )/\S+|(?<=sync )/\S+|(?<=in )/\S+", "PATH", line)
+    return re.sub(r"\d[\d.:+a-z]*", "N", line).replace("   ", " ").strip()
+
+
+def test_the_log_in_the_readme_is_one(app, caplog):
+    with caplog.at_level(logging.INFO, logger="flwr"):
+        app.run(num_server_rounds=2, opt_in_probability=1.0)
+    logged = [shape(record.getMessage()) for record in caplog.records]
+    block = re.search(r"<!-- log -->\n```\n(.*?)```", README, re.DOTALL).group(1)
+    lines = [line.removeprefix("INFO :").strip() for line in block.splitlines() if line != "..."]
+    source = (PROJECT / "pytorch_example_low_level" / "utils.py").read_text()
+    for words in ("W&B cannot go online: ", "offline. To upload this run later: wandb sync "):
+        assert words in block
+        assert words in source
+    # W&B is off here, and which round is the best depends on the data.
+    shown = [shape(line) for line in lines if not line.startswith(("📈", "🎉"))]
+    start = shown.index(shape("🔄 Starting round 2/10"))
+    one_round = [line for line in logged[logged.index(shown[start]) :] if not line.startswith("🎉")]
+    assert one_round[:8] == shown[start : start + 8]
+    position = 0
+    for line in shown:
+        position = logged.index(line, position) + 1
+
+
+def test_the_snippet_classifies_image_files(app, tiny_dataset, tmp_path, monkeypatch):
+    directory = app.run(num_server_rounds=3, fraction_clients_train=1.0)
+    info = json.loads((directory / "run_config.json").read_text())
+    split = task.load_test_split(tiny_dataset)
+    files = []
+    for number, image in enumerate(split.images):
+        files.append(tmp_path / f"{number}.png")
+        Image.fromarray(np.asarray(image[0])).save(files[-1])
+    code = re.search(r"<!-- example: use a model -->\n```python\n(.*?)```", README, re.DOTALL).group(1)
+    example_directory = re.search(r'run = Path\("([^"]+)"\)', code).group(1)
+    code = code.replace(example_directory, str(directory)).replace("ankle_boot.png", str(files[0]))
+    # The code alone: nothing of this test, and a working directory without the run.
+    monkeypatch.chdir(tmp_path)
+    namespace: dict = {}
+    exec(compile(code, "README.md", "exec"), namespace)
+    names = [namespace["classify"](file) for file in files]
+    assert set(names) <= set(info["class-names"])
+    right = sum(name == split.class_names[label] for name, label in zip(names, split.labels.tolist(), strict=True))
+    assert right / len(files) == results(directory)[-1]["centralized_accuracy"]
+    # Any image file will do.
+    Image.new("RGBA", (300, 200)).save(tmp_path / "large.png")
+    assert namespace["classify"](tmp_path / "large.png") in info["class-names"]
+
+
+# ------------------------------------------------------------------------------------- Links
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", PAGES[page], flags=re.DOTALL)
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", text):
+        path, _, anchor = target.partition("#")
+        file = (PROJECT / page).parent / path if path else PROJECT / page
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file.read_text()), target
+
+
+# --------------------------------------------------------------------------------- Reference
+
+
+def test_the_configuration_tables_are_those_of_the_code():
+    rows = dict(re.findall(r"^\| `([a-z-]+)` \| `([^`]*)` \|", REFERENCE, re.MULTILINE))
+    documented = {key: tomllib.loads(f"v = {value}")["v"] for key, value in rows.items()}
+    assert documented == DEFAULTS
+    assert list(documented) == list(DEFAULTS)
+    assert {f.name.replace("_", "-") for f in fields(RunConfig)} == set(DEFAULTS)
+
+
+def test_every_default_has_a_comment():
+    text = (PROJECT / "pyproject.toml").read_text().split("[tool.flwr.app.config]")[1].split("\n[")[0]
+    for line in text.strip().splitlines():
+        assert not line or "# " in line, line
+
+
+def test_the_keys_that_may_change_on_resuming_are_listed():
+    text = section(REFERENCE, "## Resuming a run")
+    listed = set(re.findall(r"`([a-z-]+)`", text.split("These keys may change:")[1].split("All others")[0]))
+    operational = {f.name.replace("_", "-") for f in fields(RunConfig) if f.metadata["operational"]}
+    assert listed == operational - {"resume-from"}
+
+
+def test_the_keys_of_results_json_are_listed_in_order():
+    rows = table(section(REFERENCE, "### results.json"))
+    assert tuple(key for row in rows for key in re.findall(r"`(\w+)`", row[0])) == utils.RESULT_KEYS
+
+
+def test_the_files_of_a_run_are_listed(app):
+    directory = app.run(use_wandb=True)
+    rows = table(section(REFERENCE, "## The run directory").split("### results.json")[0])
+    listed = {name for row in rows for name in re.findall(r"`([^`]+)`", row[0])}
+    found = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
+    found = {"wandb/" if name.startswith("wandb/") else name for name in found}
+    assert found == listed
+    info = json.loads((directory / "run_config.json").read_text())
+    assert info.keys() == DEFAULTS.keys() | {"class-names", "image-shape", "versions"}
+    assert info["versions"].keys() == {"flwr", "flwr-datasets", "torch", "numpy", "python", "app"}
+
+
+def test_the_table_of_messages_is_that_of_a_run(app):
+    grid = app.grid()
+    answers = []
+    for partition in range(5):
+        grid.handlers[partition] = lambda message, context: (
+            answers.append((message.metadata.message_type, reply := app_of(message, context))) or reply
+        )
+    app_of = grid.client_app
+    app.run(grid, num_server_rounds=1, opt_in_probability=1.0)
+    seen = {f"{m.metadata.message_type.upper()} →": m.content for m in grid.sent}
+    seen |= {f"← {kind.upper()}": reply.content for kind, reply in answers}
+    rows = table(section(REFERENCE, "## Messages"))[2:]
+    assert {row[0] for row in rows} == seen.keys()
+    for kind, records, contents in rows:
+        assert set(re.findall(r"`(\w+)`", records)) == seen[kind].keys(), kind
+        values = {}
+        for name, record in seen[kind].items():
+            values |= {} if name == "arrays" else {key: type(value).__name__ for key, value in record.items()}
+        documented = dict(re.findall(r"`([\w-]+)` (int|float|bool|list|str)", contents))
+        assert documented == values, kind
+
+
+def test_the_limits_in_the_reference_are_those_of_the_code():
+    for value, words in (
+        (messaging.MAX_FLOAT, "exceed 1e100"),
+        (messaging.MAX_EXAMPLES, "between 1 and 1,000,000,000"),
+        (messaging.MAX_WAITING, "8 models wait"),
+        (messaging.MAX_TEXT, "300 characters"),
+        (utils.PLOT_EVERY, "every 30 s"),
+        (task.MIN_PARTITION, "at least 5\nimages"),
+    ):
+        assert words in REFERENCE
+        assert (
+            float(re.search(r"[\d,]{2,}|\d+e\d+|\d+", words.replace("between 1 and ", "")).group().replace(",", ""))
+            == value
+        )
+    assert f"{1 - task.VALIDATION_SHARE:.0%}".replace("%", " %") in REFERENCE
+    assert all(f"`{name}`" in section(REFERENCE, "## Data") for name in ("train", "test", "validation", "valid"))
+
+
+# ---------------------------------------------------------------------------------- Commands
+
+
+def test_every_run_config_in_a_command_is_valid(app):
+    from flwr.common.config import parse_config_args
+
+    text = "\n".join(PAGES[page] for page in PAGES.keys() - {"docs/recipes.md"})  # recipes add settings
+    commands = re.findall(r'--run-config (?:"([^"]*)"|([a-z-]+=\S+))', text)
+    assert len(commands) >= 8
+    for quoted, bare in commands:
+        if "..." not in quoted:
+            RunConfig.from_context(make_context(DEFAULTS | parse_config_args([quoted or bare])))
+
+
+@pytest.mark.parametrize("module", sorted(set(re.findall(r"python -m ((?:benchmarks|deploy)\.\w+)", ALL))))
+def test_our_commands_have_these_options(module, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [module, "--help"])
+    with pytest.raises(SystemExit):
+        importlib.import_module(module).main()
+    known = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
+    for options in re.findall(rf"python -m {module}\b([^`\n]*)", ALL):
+        assert set(re.findall(r"(?<= )--[a-z-]+", re.sub(r'"[^"]*"', "", options))) <= known, options
+
+
+FLOWER = ["flower-superlink", "flower-supernode", "flwr run", "flwr supernode register", "flwr supernode ls"]
+FLOWER += ["flwr ls", "flwr log", "flwr stop"]
+
+
+@pytest.mark.parametrize("command", FLOWER)
+def test_flowers_commands_have_these_options(command):
+    program, *rest = command.split()
+    env = os.environ | {"COLUMNS": "200", "NO_COLOR": "1"}
+    shown = subprocess.run([BIN / program, *rest, "--help"], capture_output=True, text=True, check=True, env=env)
+    known = set(re.findall(r"--[a-z-]+", shown.stdout))
+    given = re.findall(rf"{command}\b([^`\n|]*)", ALL)
+    assert given
+    for options in given:
+        assert set(re.findall(r"(?<= )--[a-z-]+", re.sub(r'"[^"]*"', "", options))) <= known, options
+
+
+# -------------------------------------------------------------------------------- Deployment
+
+
+def test_the_commands_for_certificates_and_keys_work(tmp_path):
+    commands = re.findall(r'`python -c "([^"]*)"`', DEPLOYMENT)
+    assert len(commands) == 2
+    for command in commands:
+        exec(compile(command.replace("Path('", f"Path('{tmp_path}/"), "deployment.md", "exec"), {})
+    made = {p.name for p in tmp_path.rglob("*") if p.is_file() and p.name != ".gitignore"}
+    assert made == {"ca.crt", "server.crt", "server.key", "node-key", "node-key.pub"}
+
+
+def test_the_flower_configuration_is_one():
+    (block,) = re.findall(r"```toml\n(.*?)```", DEPLOYMENT, re.DOTALL)
+    assert tomllib.loads(block)["superlink"]["production"].keys() == {"address", "root-certificates"}
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(600)
+def test_the_steps_for_several_machines_work(tmp_path, tiny_dataset):
+    """Server, node and desk are folders here, each with the files that the steps give it."""
+    server, node, desk = (tmp_path / name for name in ("server", "node", "desk"))
+    home = {folder: FlowerCli(folder / ".flwr").env for folder in (server, node, desk)}
+    write_partitions(tmp_path / "parts", 1, tiny_dataset, "iid", 1.0, 42)
+    port = free_port()
+    settings = "num-server-rounds=1 min-available-nodes=1 min-train-nodes=1 opt-in-probability=1.0 use-wandb=false"
+    here = {
+        "server.example.org": HOST, "0.0.0.0": HOST, "8000": str(port), "/path/to/ca.crt": str(desk / "ca.crt"),
+        "/path/to/data": str(tmp_path / "parts" / "node-0"),
+        '"query-timeout=30.0"': f"\"query-timeout=30.0 dataset='{tiny_dataset}' {settings}\"",
+    }  # fmt: skip
+    steps = section(DEPLOYMENT, "## Several machines")
+    for there, ours in here.items():
+        assert there in steps
+        steps = steps.replace(there, ours)
+    commands = re.findall(r"`((?:python -c|flower-\w+|flwr \w+) [^`]+)`", steps)
+    certificates, key, superlink, register, supernode, run = map(shlex.split, commands)
+
+    def do(command: list[str], cwd: Path, env: dict[str, str]) -> str:
+        done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    processes = []
+    try:
+        for folder in (server, node):  # so that `python -c` finds this checkout
+            home[folder]["PYTHONPATH"] = str(PROJECT)
+        do(certificates, server, home[server])
+        do(key, node, home[node])
+        for folder in (node, desk):
+            shutil.copy(server / "certificates" / "ca.crt", folder)
+        shutil.copy(node / "node-key.pub", desk)
+        (configuration,) = re.findall(r"```toml\n(.*?)```", steps, re.DOTALL)
+        (desk / ".flwr" / "config.toml").write_text(configuration)
+
+        processes.append(start(superlink, server, home[server], server / "log"))
+        nodes = ["flwr", "supernode", "ls", "production", "--format", "json"]
+        wait_for(lambda: '"success": true' in FlowerCli(desk / ".flwr")(*nodes[1:]))
+        do(register, desk, home[desk])
+        processes.append(start([*supernode, "--port", str(free_port())], node, home[node], node / "log"))
+        wait_for(lambda: json.loads(do(nodes, desk, home[desk]))["nodes"][0]["status"] == "online")
+        log = do(run, PROJECT, home[desk])
+    finally:
+        stop(*reversed(processes))
+    (directory,) = (server / "outputs").glob("*/*")
+    row = results(directory)[1]
+    assert (row["nodes_available"], row["train_received"]) == (1, 1), log
+    assert row["evaluate_received"] == row["query_received"]
+    assert (directory / "final_model.pt").exists()
+
+
+def test_the_containers_have_the_options_of_the_steps(tmp_path):
+    federation = tmp_path / "federation"
+    make_certificates(federation / "certificates")
+    for node in ("node-0", "node-1"):
+        make_node_key(federation / "keys" / node)
+        (federation / "data" / node).mkdir(parents=True)  # by deploy.prepare_partitions
+    text = (PROJECT / "deploy" / "compose.yml").read_text()
+    for folder in re.search(r"mkdir -p (.*) &&", text).group(1).split():
+        (tmp_path / folder).mkdir()
+    services = yaml.safe_load(text)["services"]
+    assert services.keys() == {"superlink", "supernode-0", "supernode-1"}
+    for name, service in services.items():
+        program = f"flower-{name.removesuffix('-0').removesuffix('-1')}"
+        (command,) = re.findall(rf"`{program} (--[^`]+)`", DEPLOYMENT)
+        options = dict(option.split("=", 1) for option in service["command"] if "=" in option)
+        assert {option.split("=")[0] for option in service["command"]} == set(re.findall(r"--[a-z-]+", command))
+        mounted = dict(reversed(volume.removesuffix(":ro").split(":")) for volume in service["volumes"])
+        assert all((tmp_path / "deploy" / source).resolve().exists() for source in mounted.values())
+        paths = re.findall(r"/app/[\w/.-]+", " ".join(options.values()))
+        assert paths
+        assert all(any(path.startswith(target) for target in mounted) for path in paths)
+
+
+# --------------------------------------------------------------------------- Troubleshooting
+
+
+def test_the_errors_that_are_quoted_are_those_of_the_code(app, tmp_path):
+    with pytest.raises(ConfigError) as error:
+        RunConfig.from_context(make_context(DEFAULTS | {"num-server-rounds": 3.0}))
+    assert f"ConfigError: {error.value}" in TROUBLESHOOTING
+    directory = app.run(num_server_rounds=1)
+    with (
+        utils.locked(directory, 11550502938398601821),
+        pytest.raises(utils.UserError) as error,
+        utils.locked(directory, 2),
+    ):
+        pass
+    quoted = re.search(r"UserError: (resume-from: .*is in use.*)", TROUBLESHOOTING).group(1)
+    place = re.compile(r"(?<=resume-from: )\S+|\(process \d+ on [^)]+\)")
+    assert place.sub("", quoted) == place.sub("", str(error.value))
+    with pytest.raises(task.DataError, match="Cannot use dataset '/nowhere': there is no folder /nowhere -- Allowed: "):
+        task.load_test_split("/nowhere")
+
+
+def test_the_wrong_settings_are_refused_by_flower():
+    from flwr.common.config import parse_config_args
+
+    rows = table(section(TROUBLESHOOTING, "## The run configuration is refused"))[2:]
+    examples = [re.findall(r"`([^`]+)`", row[2]) for row in rows]
+    assert len(examples) == 4
+    for wrong, right in examples:
+        RunConfig.from_context(make_context(DEFAULTS | parse_config_args([right])))
+        if "num-server-round=" in wrong:
+            assert not parse_config_args([wrong]).keys() <= DEFAULTS.keys()
+        else:
+            with pytest.raises(Exception, match="invalid format"):
+                parse_config_args([wrong])
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(300)
+def test_the_commands_for_ci_tell_the_truth(tmp_path, tiny_dataset):
+    script = re.search(r"<!-- example: ci -->\n```shell\n(.*?)```", TROUBLESHOOTING, re.DOTALL).group(1)
+    settings = "num-server-rounds=1"
+    assert settings in script
+    with LocalSuperLink(tmp_path / "home") as link:
+
+        def run(dataset: str) -> subprocess.CompletedProcess:
+            there = script.replace(settings, f"{settings} use-wandb=false dataset='{dataset}'")
+            return subprocess.run(
+                ["sh", "-c", there], cwd=PROJECT, env=link.flwr.env, capture_output=True, text=True, check=False
+            )
+
+        good, bad = run(tiny_dataset), run("/nowhere")
+    assert good.returncode == 0, good.stdout + good.stderr
+    assert bad.returncode == 1, bad.stdout + bad.stderr
+    assert "there is no folder /nowhere" in bad.stdout
+
+
+def test_torch_loads_what_the_reference_says(app):
+    directory = app.run(num_server_rounds=1)
+    for file in directory.rglob("*.pt"):
+        torch.load(file, weights_only=True)

@@ -1,0 +1,721 @@
+"""Deadlines, order, late replies and faults, on a Grid whose replies come when the test says so; reading replies."""
+
+import math
+import time
+import tracemalloc
+import weakref
+
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MessageType, MetricRecord, RecordDict
+
+from pytorch_example_low_level import client_app, messaging
+from pytorch_example_low_level.messaging import (
+    MAX_EXAMPLES,
+    MAX_LOOK,
+    MAX_REASONS,
+    MAX_TEXT,
+    MAX_WAITING,
+    Batch,
+    Mailbox,
+    Node,
+    Rejected,
+    connected_nodes,
+    read_arrays,
+    read_metrics,
+    read_opt_in,
+    to_array_record,
+)
+from tests.grid import InProcessGrid, TimedGrid, echo, make_context, run_config
+
+NODES = 4
+NEVER = 1e9  # seconds
+
+
+def send(mailbox: Mailbox, timeout: float, message_type: str = MessageType.QUERY) -> Batch:
+    content = RecordDict({"config": ConfigRecord({"server-round": 1})})
+    return mailbox.send(connected_nodes(mailbox.grid), message_type, content, 1, timeout)
+
+
+def collect(mailbox: Mailbox, batch: Batch, *window: int) -> list[int]:
+    """The partitions whose replies are used, in the order in which they come."""
+    pairs = list(mailbox.collect(batch, lambda content: content, *window))
+    assert batch.received == len(pairs)
+    assert batch.received + batch.failed + batch.rejected == batch.sent
+    return [mailbox.grid.partition(node.node_id) for node, _ in pairs]
+
+
+def warnings(caplog) -> list[str]:
+    return [r.message for r in caplog.records if r.levelname == "WARNING"]
+
+
+# ---------------------------------------------------------------------------------- Nodes
+
+
+def test_nodes_come_in_the_order_of_registration():
+    grid = TimedGrid([0.0] * 300)
+    nodes = connected_nodes(grid)
+    assert [grid.partition(node.node_id) for node in nodes] == list(range(300))
+    assert all(node.simulated for node in nodes)
+    grid.simulated = False
+    assert not any(node.simulated for node in connected_nodes(grid))
+
+
+def test_a_node_is_called_by_its_name_or_its_id():
+    assert str(Node(7)) == "node 7"
+    assert str(Node(7, "ward\x1b[31m\n3")) == "ward [31m 3"
+    assert str(Node(7, "\n")) == "node 7"
+    assert len(str(Node(7, "x" * 10_000))) < 310
+
+
+# -------------------------------------------------------------------- Deadlines and order
+
+
+def test_a_message_says_until_when_the_server_waits():
+    mailbox = Mailbox(TimedGrid([0.0] * NODES))
+    content = RecordDict({"config": ConfigRecord({"server-round": 3, "lr": 0.5}), "arrays": ArrayRecord()})
+    before = time.time()
+    batch = mailbox.send(connected_nodes(mailbox.grid), MessageType.TRAIN, content, 3, 20)
+    assert before + 20 <= batch.deadline <= time.time() + 20
+    for message in mailbox.grid.sent:
+        config = {"server-round": 3, "lr": 0.5, "deadline": batch.deadline}
+        assert dict(message.content["config"]) == config
+        assert message.content["arrays"] is content["arrays"]  # one copy for all nodes
+        assert (message.metadata.message_type, message.metadata.group_id) == (MessageType.TRAIN, "3")
+    assert "deadline" not in content["config"]  # the caller's record stays as it was
+
+
+def test_replies_come_in_the_order_of_sending():
+    mailbox = Mailbox(TimedGrid([0.3, 0.1, 0.2, 0.0]))
+    assert collect(mailbox, send(mailbox, 5)) == [0, 1, 2, 3]
+
+
+def test_each_reply_belongs_to_its_node():
+    def own_id(msg, context):
+        return Message(RecordDict({"config": ConfigRecord({"id": context.node_id})}), reply_to=msg)
+
+    mailbox = Mailbox(TimedGrid([0.1, 0.0, 0.2, 0.0], own_id))
+    pairs = list(mailbox.collect(send(mailbox, 5), lambda content: content["config"]["id"]))
+    assert [node.node_id for node, _ in pairs] == [seen for _, seen in pairs]
+
+
+@pytest.mark.parametrize("window", [1, 2, 64])
+def test_late_nodes_are_left_out_and_others_are_not(window, caplog):
+    mailbox = Mailbox(TimedGrid([9, 0.0, 9, 0.1]))
+    started = time.monotonic()
+    batch = send(mailbox, 0.5, MessageType.TRAIN)
+    assert collect(mailbox, batch, window) == [1, 3]
+    assert 0.5 <= time.monotonic() - started < 1.5
+    assert (batch.failed, batch.rejected) == (2, 0)
+    batch.log_faults()
+    (warning,) = warnings(caplog)
+    assert warning.endswith(" (train): no reply within 0.5 s")
+
+
+def test_a_phase_ends_as_soon_as_all_have_replied():
+    mailbox = Mailbox(TimedGrid([0.1] * NODES))
+    started = time.monotonic()
+    assert len(collect(mailbox, send(mailbox, 60))) == 4
+    assert time.monotonic() - started < 2
+
+
+def test_a_reply_counts_if_it_came_while_the_server_was_busy():
+    mailbox = Mailbox(TimedGrid([0.0, 0.1, 0.5, 0.2]))
+    batch = send(mailbox, 0.3)
+    time.sleep(0.6)  # a central evaluation, say: all replies are there, one of them late
+    started = time.monotonic()
+    assert collect(mailbox, batch) == [0, 1, 3]
+    assert time.monotonic() - started < 2
+    assert batch.failed == 1
+
+
+@pytest.mark.parametrize(("clock", "busy", "used"), [(1e6, 0, 4), (math.nan, 0, 4), (math.nan, 0.2, 3), (-1e6, 0.2, 4)])
+def test_a_wrong_clock_matters_only_after_the_deadline(clock, busy, used):
+    grid = InProcessGrid(echo, run_config(), NODES)
+
+    def wrong(msg, context):
+        reply = echo(msg, context)
+        reply.metadata.created_at += clock
+        return reply
+
+    grid.handlers = {1: wrong}
+    mailbox = Mailbox(grid)
+    batch = send(mailbox, 0.2 if busy else 60)
+    time.sleep(busy)
+    assert len(collect(mailbox, batch)) == used
+
+
+def test_a_dead_node_first_costs_no_other_its_place():
+    """40 models that take 0.6 s to fetch in all; the first node never replies, and the deadline is 0.3 s."""
+    grid = TimedGrid([NEVER] + [0.0] * 39, fetch=0.015)
+    alive: weakref.WeakSet = weakref.WeakSet()
+    peak = 0
+
+    class Model:
+        pass
+
+    def read(content: RecordDict) -> Model:
+        nonlocal peak
+        model = Model()
+        alive.add(model)
+        peak = max(peak, len(alive))
+        return model
+
+    mailbox = Mailbox(grid)
+    batch = send(mailbox, 0.3, MessageType.TRAIN)
+    used = []
+    for node, model in mailbox.collect(batch, read, MAX_WAITING):
+        used.append(grid.partition(node.node_id))
+        del model
+    assert used == list(range(1, 40))
+    assert (batch.received, batch.failed) == (39, 1)
+    assert peak <= MAX_WAITING
+    assert max(map(len, grid.looks)) <= MAX_LOOK
+
+
+def test_replies_beyond_the_window_stay_at_the_superlink():
+    grid = TimedGrid([0.2, 0, 0, 0])
+    mailbox = Mailbox(grid)
+    replies = mailbox.collect(send(mailbox, 5), lambda content: content, 2)
+    next(replies)
+    assert len(grid.pulled) == 2
+    assert len(list(replies)) == 3
+
+
+def test_a_look_asks_for_a_bounded_number_of_ids():
+    grid = TimedGrid([0.0] * 500 + [0.3] * 500)
+    mailbox = Mailbox(grid)
+    assert collect(mailbox, send(mailbox, 0.2)) == list(range(500))
+    assert max(map(len, grid.looks)) == MAX_LOOK
+    assert len(grid.looks) < 80  # 8 for the prompt, 8 for the late, and some while waiting
+    grid.looks.clear()
+    grid.delays = [0.0] * 1000
+    assert len(collect(mailbox, send(mailbox, 60))) == 1000  # with the late ones of the phase before
+    assert max(map(len, grid.looks)) == MAX_LOOK
+
+
+def test_looks_grow_rarer_while_no_reply_comes():
+    grid = TimedGrid([NEVER] * NODES)
+    mailbox = Mailbox(grid)
+    collect(mailbox, send(mailbox, 1))
+    assert 16 <= len(grid.looks) <= 45  # every 0.01 s would be 100, every 0.1 s 10
+
+
+def test_late_replies_are_fetched_and_dropped_later():
+    grid = TimedGrid([0.4, 0, 0, 0])
+    mailbox = Mailbox(grid)
+    first = send(mailbox, 0.2)
+    assert collect(mailbox, first) == [1, 2, 3]
+    grid.delays = [0.5] * 4
+    second = send(mailbox, 5, MessageType.EVALUATE)
+    assert collect(mailbox, second) == [0, 1, 2, 3]
+    assert next(iter(first.nodes)) in grid.pulled
+    assert grid.replies == {}  # nothing is left at the SuperLink
+    grid.looks.clear()
+    grid.delays = [0.0] * 4
+    collect(mailbox, send(mailbox, 5))
+    assert all(not first.nodes.keys() & set(look) for look in grid.looks)  # and it is looked for no more
+
+
+def test_late_replies_are_looked_for_only_while_there_is_room(monkeypatch):
+    monkeypatch.setattr(messaging, "MAX_LATE", 10)
+    grid = TimedGrid([NEVER] * 30)
+    mailbox = Mailbox(grid)
+    first = send(mailbox, 0.05)
+    assert collect(mailbox, first) == []
+    grid.delays = [0.0] * 30
+    grid.looks.clear()
+    assert len(collect(mailbox, send(mailbox, 5))) == 30
+    assert len(first.nodes.keys() & set().union(*grid.looks)) == 10
+
+
+def test_a_node_that_left_before_the_message_is_not_awaited(caplog):
+    grid = TimedGrid([0.0] * NODES)
+    mailbox = Mailbox(grid)
+    nodes = connected_nodes(grid)
+    grid.connected.discard(nodes[2].node_id)
+    started = time.monotonic()
+    batch = mailbox.send(nodes, MessageType.TRAIN, RecordDict(), 1, 60)
+    assert collect(mailbox, batch) == [0, 1, 3]
+    assert time.monotonic() - started < 5
+    assert batch.failed == 1
+    batch.log_faults()
+    assert warnings(caplog) == [
+        f"Round 1: left out node {nodes[2].node_id} (train): the SuperLink did not accept the message"
+    ]
+
+
+def test_a_phase_without_nodes_sends_nothing():
+    mailbox = Mailbox(TimedGrid([0.0]))
+    mailbox.grid.push_messages = None  # raises if it is called
+    batch = mailbox.send([], MessageType.EVALUATE, RecordDict(), 1, 5)
+    assert collect(mailbox, batch) == []
+
+
+def test_waiting_says_how_far_it_is(monkeypatch, caplog):
+    caplog.set_level("INFO", logger="flwr")
+    monkeypatch.setattr(messaging, "PROGRESS_EVERY", 0.2)
+    mailbox = Mailbox(TimedGrid([0, NEVER, 0, 0]))
+    collect(mailbox, send(mailbox, 0.7))
+    lines = [r.message for r in caplog.records if r.message.startswith("... 3/4 (query), ")]
+    assert 2 <= len(lines) <= 4
+    assert all(line.endswith(" s to the deadline") for line in lines)
+
+
+# ------------------------------------------------------------- Deadlines, as a node sees them
+
+
+def message(message_type: str, **config) -> Message:
+    TimedGrid([0.0])  # gives messages a sender
+    msg = Message(RecordDict({"config": ConfigRecord({"server-round": 1, **config})}), 5, message_type)
+    msg.metadata.__dict__["_message_id"] = "m"
+    return msg
+
+
+@pytest.fixture
+def context(app):
+    return make_context(app.config(query_max_delay=1e4), 5, {"partition-id": 0, "num-partitions": 5})
+
+
+@pytest.mark.parametrize("message_type", [MessageType.TRAIN, MessageType.EVALUATE])
+def test_a_node_drops_work_for_which_nobody_waits(context, message_type):
+    reply = client_app.app(message(message_type, lr=0.1, deadline=time.time() - 1), context)
+    assert reply.error.reason == "the deadline passed before the message was handled"
+
+
+def test_a_query_sleeps_to_the_deadline_at_most(context):
+    started = time.monotonic()
+    late = client_app.app(message(MessageType.QUERY, **{"max-delay": 1e6}, deadline=time.time() - 1), context)
+    assert time.monotonic() - started < 0.3
+    assert isinstance(late.content["config"]["opt-in"], bool)  # no error either
+    started = time.monotonic()
+    client_app.app(message(MessageType.QUERY, **{"max-delay": 1e6}, deadline=time.time() + 0.5), context)
+    assert 0.4 < time.monotonic() - started < 1.5
+
+
+def test_a_message_without_a_deadline_has_none(context):
+    assert client_app.deadline(message(MessageType.TRAIN)) == math.inf
+    client_app.check_deadline(message(MessageType.TRAIN))
+    reply = client_app.app(message(MessageType.QUERY, **{"max-delay": 0.0}), context)
+    assert reply.content["config"].keys() == {"opt-in"}
+
+
+# --------------------------------------------------------------------------------- Faults
+
+
+def fails(reason: str, code: int = 0):
+    return lambda m, c: Message(Error(code=code, reason=reason), reply_to=m)
+
+
+def faults_of(caplog, handlers: list, message_type: str = MessageType.TRAIN) -> list[str]:
+    """The warnings of a phase in which node i handles its message as `handlers[i]` does."""
+    grid = TimedGrid([0.0] * len(handlers))
+    grid.handlers = dict(enumerate(handlers))
+    mailbox = Mailbox(grid)
+    batch = send(mailbox, 5, message_type)
+    collect(mailbox, batch)
+    first = batch.log_faults()
+    assert f"Round 1: left out {first}" == warnings(caplog)[0]
+    return warnings(caplog)
+
+
+def test_nodes_that_fail_alike_share_one_warning(caplog):
+    (warning,) = faults_of(caplog, [fails("out of memory")] * 20)
+    assert warning.startswith("Round 1: left out 20 nodes (node ")
+    assert warning.endswith(", ...) (train): out of memory")
+    assert warning.count("node ") == 3
+
+
+def test_two_nodes_that_fail_alike_are_both_named(caplog):
+    (warning,) = faults_of(caplog, [fails("no"), fails("no")])
+    assert "..." not in warning
+    assert warning.count("node ") == 2
+
+
+def test_thousands_of_missed_deadlines_are_one_line(caplog):
+    mailbox = Mailbox(TimedGrid([NEVER] * 5000, lambda m, c: None))
+    batch = send(mailbox, 0.1, MessageType.EVALUATE)
+    started = time.monotonic()
+    assert collect(mailbox, batch) == []
+    assert time.monotonic() - started < 3
+    batch.log_faults()
+    (warning,) = warnings(caplog)
+    assert "left out 5000 nodes (node " in warning
+    assert len(warning) < 200
+
+
+def test_many_reasons_are_a_few_lines(caplog):
+    lines = faults_of(caplog, [fails(f"fault {i}") for i in range(30)])
+    assert len(lines) == MAX_REASONS + 1
+    assert sum(f"fault {i}" in line for i in range(30) for line in lines if line.endswith(f": fault {i}")) == 5
+    assert "25 " in lines[-1]
+    assert lines[-1].endswith("other reasons")
+
+
+def test_a_missed_query_is_no_fault(caplog):
+    mailbox = Mailbox(TimedGrid([NEVER] * NODES))
+    batch = send(mailbox, 0.1, MessageType.QUERY)
+    assert collect(mailbox, batch) == []
+    time.sleep(0.1)
+    assert (batch.failed, batch.log_faults(), warnings(caplog)) == (4, "", [])
+
+
+def test_an_error_reply_to_a_query_is_a_fault(caplog):
+    (warning,) = faults_of(caplog, [fails("no battery")], MessageType.QUERY)
+    assert warning.endswith(" (query): no battery")
+
+
+RAY = """<class 'ray.exceptions.RayTaskError(ClientAppException)'>:<'ray::ClientAppActor.run() (pid=7, ip=1.2.3.4)
+  File "/opt/flwr/simulation/ray_transport/ray_actor.py", line 58, in run
+    raise ClientAppException(str(ex)) from ex
+flwr.client.client_app.ClientAppException:
+Exception ClientAppException occurred. Message: 3 images are too few for 20 nodes
+ \x1b\x07
+"""
+
+
+@pytest.mark.parametrize(
+    ("reason", "named"),
+    [
+        (RAY, "Exception ClientAppException occurred. Message: 3 images are too few for 20 nodes"),
+        ("", "error 7"),
+        (" \n\t\u2028", "no reason given"),
+        ("Traceback\n" * 10_000 + "ValueError: no", "ValueError: no"),
+        ("\x1b[31mred\x1b[0m \u202etxt.exe\u2066 a\x07b\x00c", "[31mred [0m txt.exe a b c"),
+        ("café 東京 🎉", "café 東京 🎉"),
+    ],
+)
+def test_the_last_line_of_an_error_is_its_reason(caplog, reason, named):
+    (warning,) = faults_of(caplog, [fails(reason, code=7)])
+    assert warning.split(" (train): ")[1] == named
+
+
+def test_a_nodes_text_is_cut_short(caplog):
+    (warning,) = faults_of(caplog, [fails("x" * 10**6)])
+    assert warning.endswith(" " + "x" * MAX_TEXT + "...")
+    caplog.clear()
+    (warning,) = faults_of(caplog, [fails("y" * MAX_TEXT)])
+    assert warning.endswith(" " + "y" * MAX_TEXT)
+
+
+# ---------------------------------------------------------- Replies that Flower cannot decode
+
+
+class Undecodable(TimedGrid):
+    """A Grid that raises when it comes to the reply of partition 2."""
+
+    reachable = True
+
+    def pull_messages(self, message_ids):
+        ids = list(message_ids)
+        bad = {m.metadata.message_id for m in self.sent if self.partition(m.metadata.dst_node_id) == 2}
+        if bad & set(ids) or not self.reachable:
+            raise ValueError("Error parsing message\x1b[2J")
+        return super().pull_messages(ids)
+
+    def get_node_ids(self):
+        if not self.reachable:
+            raise ConnectionError("the SuperLink is gone")
+        return super().get_node_ids()
+
+
+def test_a_reply_that_cannot_be_decoded_is_left_out(caplog):
+    mailbox = Mailbox(Undecodable([0.0] * NODES))
+    batch = send(mailbox, 5)
+    assert collect(mailbox, batch) == [0, 1, 3]
+    assert batch.rejected == 1
+    batch.log_faults()
+    (warning,) = warnings(caplog)
+    assert warning.endswith("(query): unreadable reply: ValueError('Error parsing message\\x1b[2J')")
+
+
+def test_an_unreachable_superlink_is_an_error():
+    grid = Undecodable([0.0] * NODES)
+    mailbox = Mailbox(grid)
+    batch = send(mailbox, 5)
+    grid.reachable = False
+    with pytest.raises(ConnectionError, match="the SuperLink is gone"):
+        collect(mailbox, batch)
+
+
+@pytest.mark.parametrize("error", [TypeError("no"), RecursionError(), MemoryError(), KeyError("x\n")])
+def test_whatever_a_reader_raises_leaves_out_one_reply(error, caplog):
+    mailbox = Mailbox(TimedGrid([0.0] * NODES))
+    batch = send(mailbox, 5)
+
+    def read(content: RecordDict) -> int:
+        if batch.received == 1 and not batch.rejected:
+            raise error
+        return 1
+
+    assert len(list(mailbox.collect(batch, read))) == 3
+    assert (batch.received, batch.rejected) == (3, 1)
+    batch.log_faults()
+    assert f"unreadable reply: {error!r}" in caplog.text
+
+
+def test_a_second_reply_of_a_node_is_ignored():
+    grid = TimedGrid([0.0] * NODES, lambda m, c: [Message(m.content, reply_to=m), Message(RecordDict(), reply_to=m)])
+    mailbox = Mailbox(grid)
+    batch = send(mailbox, 5)
+    pairs = list(mailbox.collect(batch, len))
+    assert [size for _, size in pairs] == [1] * 4
+    assert batch.received == 4
+
+
+# --------------------------------------------------------------------------------- Arrays
+
+MODEL = {
+    "float": torch.randn(3, 4),
+    "double": torch.tensor([1.0, 1e99, -1e99], dtype=torch.float64),
+    "half": torch.tensor([65504.0], dtype=torch.float16),
+    "brain": torch.tensor([1e38, 3.14159], dtype=torch.bfloat16),
+    "complex": torch.tensor([1 + 2j, -3j]),
+    "bool": torch.tensor([True, False]),
+    "byte": torch.arange(5, dtype=torch.uint8),
+    "counter": torch.tensor(7),
+    "large": torch.tensor([2**53, -(2**53)]),
+    "none": torch.zeros(0, 3),
+    "scalar": torch.tensor(0.5, dtype=torch.float64),
+    "transposed": torch.randn(5, 2).t(),
+    "channels last": torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last),
+}
+SENT = to_array_record(MODEL)
+
+
+def reply(**changes) -> RecordDict:
+    """A reply with all arrays of MODEL; those in `changes` are replaced, or left out for None."""
+    arrays = {**SENT, **changes}
+    return RecordDict({"arrays": ArrayRecord({name: array for name, array in arrays.items() if array is not None})})
+
+
+def test_all_kinds_of_arrays_come_back_bit_by_bit():
+    values = read_arrays(reply(), SENT)
+    assert values.keys() == MODEL.keys()
+    for name, tensor in MODEL.items():
+        assert torch.equal(values[name].to(tensor.dtype), tensor), name
+        assert values[name].shape == tensor.shape
+        assert values[name].dtype == (torch.float32 if name == "brain" else tensor.dtype)
+
+
+def test_bfloat16_travels_as_float32_which_holds_it_exactly():
+    model = {"w": torch.randn(10).to(torch.bfloat16), "v": torch.randn(3), "n": torch.tensor(3)}
+    received = to_array_record(model).to_torch_state_dict()
+    assert received["w"].dtype == torch.float32
+    assert torch.equal(received["w"].to(torch.bfloat16), model["w"])
+    assert received["n"].dtype == torch.int64
+
+
+@pytest.mark.filterwarnings("error")  # PyTorch warns of memory that must not be written to
+def test_what_is_read_shares_no_memory_with_the_reply():
+    record = reply()
+    read_arrays(record, SENT)["float"].zero_()
+    assert torch.equal(read_arrays(record, SENT)["float"], MODEL["float"])
+
+
+def changed(name: str, value) -> Array:
+    """An honest array like that of MODEL, with `value` in its first place."""
+    tensor = to_array_record(MODEL)[name].numpy().copy()
+    tensor.reshape(-1)[0] = value
+    return Array(tensor)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("float", math.nan), ("float", math.inf), ("float", -math.inf), ("half", math.inf), ("brain", math.nan),
+        ("double", 1e101), ("double", -1e308), ("double", math.nan),
+        ("complex", complex(0, math.inf)), ("complex", complex(math.nan, 0)),
+        ("counter", 2**63 - 1), ("counter", -(2**63)), ("large", 2**53 + 2),
+        ("scalar", math.inf), ("scalar", 1e308),
+    ],
+)  # fmt: skip
+def test_numbers_that_would_spoil_a_sum_are_rejected(name, value):
+    with pytest.raises(Rejected, match=f"array '{name}' is not finite, or has numbers beyond"):
+        read_arrays(reply(**{name: changed(name, value)}), SENT)
+
+
+@pytest.mark.parametrize(("name", "value"), [("double", 1e100), ("double", -1e100), ("counter", -(2**53))])
+def test_the_largest_numbers_allowed_are_read(name, value):
+    assert read_arrays(reply(**{name: changed(name, value)}), SENT)[name].flatten()[0] == value
+
+
+def npy(header: bytes, values: bytes = b"", version: int = 1) -> bytes:
+    """Data in NumPy's format with this header, whatever it says."""
+    length = len(header).to_bytes(2 if version == 1 else 4, "little")
+    return b"\x93NUMPY" + bytes([version, 0]) + length + header + values
+
+
+HONEST = SENT["float"].data
+VALUES = HONEST[-48:]
+HEADERS = {
+    "an unhashable key": b"{[]: 1}",
+    "an open bracket": b"{'descr': '<f4', 'fortran_order': False, 'shape': (3, 4",
+    "an open quote": b"{'descr': '<f4",
+    "deep nesting": b"(" * 5000,
+    "deep nesting of minus signs": b"-" * 5000 + b"1",
+    "code": b"__import__('os').system('false')",
+    "100 GB": b"{'descr': '<f4', 'fortran_order': False, 'shape': (25000000000,), }\n",
+    "a negative shape": b"{'descr': '<f4', 'fortran_order': False, 'shape': (-3, -4), }\n",
+    "objects": b"{'descr': '|O', 'fortran_order': False, 'shape': (3, 4), }\n",
+    "Fortran's order": b"{'descr': '<f4', 'fortran_order': True, 'shape': (3, 4), }\n",
+    "big-endian": b"{'descr': '>f4', 'fortran_order': False, 'shape': (3, 4), }\n",
+    "nothing": b"",
+    "no text": bytes(range(256)),
+}
+
+
+@pytest.mark.parametrize("header", HEADERS)
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_false_header_is_compared_and_never_interpreted(header, padded):
+    data = npy(HEADERS[header], VALUES)
+    if padded:  # to the length of an honest one
+        data = npy(HEADERS[header].ljust(len(HONEST) - 48 - 10)[: len(HONEST) - 58], VALUES)
+        assert len(data) == len(HONEST)
+    array = Array("float32", (3, 4), "numpy.ndarray", data)
+    with pytest.raises(Rejected, match=r"the data of array 'float' are not float32\[3, 4\] in NumPy's format"):
+        read_arrays(reply(float=array), SENT)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\x80\x04cos\nsystem\n.",
+        HONEST[:-1],
+        HONEST + b"\0",
+        HONEST[:128],
+        b"\0" * len(HONEST),
+        HONEST[1:] + b"\0",
+    ],
+)
+def test_data_of_another_length_or_format_are_rejected(data):
+    with pytest.raises(Rejected, match="in NumPy's format"):
+        read_arrays(reply(float=Array("float32", (3, 4), "numpy.ndarray", data)), SENT)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "named"),
+    [
+        ("float64", (3, 4), r"float64\[3, 4\]"), ("float32", (4, 3), r"float32\[4, 3\]"),
+        ("float32", (12,), r"float32\[12\]"), ("float32", (), r"float32\[\]"),
+        ("float32", (2**62, 2**62), r"float32\[4611686018427387904, 4611686018427387904\]"),
+        ("float32", tuple(range(10**4)), r"float32\[0, 1, 2, 3, 4, 5, \.\.\.\]"),
+        ("\x1b[2J\nfloat32", (3, 4), r"\[2J float32\[3, 4\]"), ("no" * 10**6, (3, 4), "nono"),
+    ],
+)  # fmt: skip
+def test_another_dtype_or_shape_is_rejected_and_named(dtype, shape, named):
+    with pytest.raises(Rejected, match=rf"^array 'float' is {named}") as error:
+        read_arrays(reply(float=Array(dtype, shape, "numpy.ndarray", HONEST)), SENT)
+    assert len(str(error.value)) < 500
+
+
+def test_missing_and_extra_arrays_are_named():
+    with pytest.raises(Rejected, match=r"its arrays have other names: \['float'\]"):
+        read_arrays(reply(float=None), SENT)
+    with pytest.raises(Rejected, match=r"its arrays have other names: \['more'\]"):
+        read_arrays(reply(more=SENT["float"]), SENT)
+    with pytest.raises(Rejected, match=r"names: \['0', .*, \.\.\.\]"):
+        read_arrays(reply(**{str(i): SENT["float"] for i in range(1000)}), SENT)
+
+
+@pytest.mark.parametrize(
+    "content", [{}, {"arrays": MetricRecord({"float": 1.0})}, {"arrays": ConfigRecord()}, {"array": ArrayRecord()}]
+)
+def test_a_reply_without_arrays_is_rejected(content):
+    with pytest.raises(Rejected, match="no ArrayRecord 'arrays'"):
+        read_arrays(RecordDict(content), SENT)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_lie_takes_no_more_memory_than_a_model(version):
+    """A header that promises 100 GB, one that is 50 MB long, and one that is both."""
+    model = {"w": torch.zeros(250_000)}  # 1 MB
+    sent = to_array_record(model)
+    shape = b"{'descr': '<f4', 'fortran_order': False, 'shape': (25000000000,), }\n"
+    lies = [npy(shape, version=version), npy(shape.ljust(128 - 10), sent["w"].data[128:], version)]
+    if version == 2:
+        lies.append(npy(shape.rjust(50_000_000), version=2))
+    arrays = [Array("float32", (250_000,), "numpy.ndarray", data) for data in lies]
+    arrays += [Array("float32", (25_000_000_000,), "numpy.ndarray", data) for data in lies]
+    tracemalloc.start()
+    try:
+        read_arrays(RecordDict({"arrays": sent}), sent)
+        honest = tracemalloc.get_traced_memory()[1]
+        for array in arrays:
+            tracemalloc.reset_peak()
+            with pytest.raises(Rejected):
+                read_arrays(RecordDict({"arrays": ArrayRecord({"w": array})}), sent)
+            assert tracemalloc.get_traced_memory()[1] < 100_000 + honest / 2
+    finally:
+        tracemalloc.stop()
+    assert honest < 2_500_000
+
+
+# ------------------------------------------------------------------- Metrics and opt-ins
+
+
+def metrics(**values) -> RecordDict:
+    values = {"num-examples": 3, "train_loss": 0.5, "acc": 1} | {
+        k.replace("num_", "num-"): v for k, v in values.items()
+    }
+    return RecordDict({"metrics": MetricRecord({k: v for k, v in values.items() if v is not None})})
+
+
+def test_metrics_are_read_as_floats_with_the_weight():
+    values, num_examples = read_metrics(metrics(), "train_loss", "acc")
+    assert values == {"train_loss": 0.5, "acc": 1.0}
+    assert isinstance(values["acc"], float)
+    assert num_examples == 3
+
+
+@pytest.mark.parametrize("value", [1, MAX_EXAMPLES])
+def test_the_least_and_the_greatest_weight_are_read(value):
+    assert read_metrics(metrics(num_examples=value))[1] == value
+
+
+@pytest.mark.parametrize("value", [0, -1, MAX_EXAMPLES + 1, 2**63 - 1, 1.0, math.nan, [3], None])
+def test_a_weight_that_cannot_be_true_is_rejected(value):
+    with pytest.raises(Rejected, match=r"num-examples is .*, not a whole number from 1 to 1000000000"):
+        read_metrics(metrics(num_examples=value), "train_loss")
+
+
+@pytest.mark.parametrize("value", [1e308, -1e308, 1e101, math.nan, math.inf, -math.inf, [0.5], None])
+def test_a_metric_that_is_no_usable_number_is_rejected(value):
+    with pytest.raises(Rejected, match=r"train_loss is .*, not a finite number"):
+        read_metrics(metrics(train_loss=value), "train_loss")
+
+
+def test_the_largest_metric_allowed_is_read():
+    assert read_metrics(metrics(train_loss=-1e100), "train_loss")[0] == {"train_loss": -1e100}
+
+
+@pytest.mark.parametrize("content", [{}, {"metrics": ConfigRecord({"num-examples": 3})}, {"metrics": ArrayRecord()}])
+def test_a_reply_without_metrics_is_rejected(content):
+    with pytest.raises(Rejected, match="no MetricRecord 'metrics'"):
+        read_metrics(RecordDict(content))
+
+
+def test_a_long_value_is_named_in_brief():
+    with pytest.raises(Rejected) as error:
+        read_metrics(metrics(num_examples=[1] * 10**5))
+    assert len(str(error.value)) < 200
+
+
+@pytest.mark.parametrize("answer", [True, False])
+def test_an_opt_in_is_read(answer):
+    assert read_opt_in(RecordDict({"config": ConfigRecord({"opt-in": answer})})) is answer
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        None, MetricRecord({"opt-in": 1}), ConfigRecord(), ConfigRecord({"opt-in": 1}),
+        ConfigRecord({"opt-in": "yes" * 1000}), ConfigRecord({"opt-in": [True]}),
+    ],
+)  # fmt: skip
+def test_an_opt_in_is_either_true_or_false(record):
+    content = RecordDict({} if record is None else {"config": record})
+    with pytest.raises(Rejected, match=r"opt-in is .*, neither true nor false") as error:
+        read_opt_in(content)
+    assert len(str(error.value)) < 100

@@ -1,0 +1,531 @@
+"""Every block of docs/recipes.md, applied to a copy of the app that then runs."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Message, MessageType, MetricRecord, RecordDict
+
+from benchmarks.simulation import LocalSuperLink, copy_app
+from tests.conftest import same_bits
+from tests.grid import InProcessGrid
+from tests.recipes import BLOCK, TEXT, PacedGrid, apply, blocks, changed_app, run
+
+TINY = {
+    "partitioner": "iid",
+    "num-server-rounds": 2,
+    "fraction-clients-train": 0.6,
+    "query-max-delay": 0.0,
+    "use-wandb": False,
+    "server-device": "cpu",
+}
+
+
+@pytest.fixture
+def try_out(tiny_dataset, tmp_path):
+    """Run an app; return its grid, the rows of results.json, the final model and the run directory."""
+
+    def try_out(app: SimpleNamespace, grid: InProcessGrid | None = None, **overrides) -> SimpleNamespace:
+        settings = {key.replace("_", "-"): value for key, value in overrides.items()}
+        config = TINY | {"dataset": tiny_dataset, "output-dir": str(tmp_path / "outputs")} | settings
+        grid = run(app, config, grid)
+        made = [path.parent for path in (tmp_path / "outputs").glob("*/*/results.json")]
+        directory = max(made, key=lambda path: (path / "results.json").stat().st_mtime_ns)
+        rows = json.loads((directory / "results.json").read_text())
+        model = torch.load(directory / "final_model.pt", weights_only=True)
+        return SimpleNamespace(grid=grid, rows=rows, model=model, directory=directory)
+
+    return try_out
+
+
+def trained(grid: InProcessGrid) -> dict[str, list[int]]:
+    """The partitions that got a TRAIN message, by round."""
+    partitions: dict[str, list[int]] = {}
+    for message in grid.sent:
+        if message.metadata.message_type == MessageType.TRAIN:
+            partitions.setdefault(message.metadata.group_id, []).append(grid.partition(message.metadata.dst_node_id))
+    return partitions
+
+
+def untimed(rows: list[dict]) -> list[dict]:
+    return [{key: value for key, value in row.items() if not key.startswith("seconds")} for row in rows]
+
+
+def interrupted(app: SimpleNamespace, after: int, monkeypatch) -> None:
+    """Let the next run of the app fail when it begins the round after this one."""
+    wait = app.server_app.wait_for_nodes
+
+    def fail(grid, *args, **kwargs):
+        rounds = {message.metadata.group_id for message in grid.sent}
+        if str(after) in rounds:
+            raise KeyboardInterrupt
+        return wait(grid, *args, **kwargs)
+
+    monkeypatch.setattr(app.server_app, "wait_for_nodes", fail)
+
+
+def resumed(app, try_out, tmp_path, monkeypatch, after: int, **overrides) -> SimpleNamespace:
+    """Run an app, interrupted after a round, and once more to its end."""
+    with monkeypatch.context() as patch:
+        interrupted(app, after, patch)
+        with pytest.raises(KeyboardInterrupt):
+            try_out(app, **overrides)
+    directory = max((tmp_path / "outputs").glob("*/*/results.json"), key=lambda p: p.stat().st_mtime_ns).parent
+    return try_out(app, **overrides, resume_from=str(directory))
+
+
+# -------------------------------------------------------------------------- 1. Your own model
+
+
+@pytest.mark.parametrize(("recipe", "count"), [("resnet18", 11_172_810), ("transformer", 140_000)])
+def test_another_model_trains(try_out, recipe, count):
+    app = changed_app(recipe)
+    net = app.task.make_model(1, 10)
+    assert sum(p.numel() for p in net.parameters()) == pytest.approx(count, rel=0.01)
+    assert net(torch.rand(2, 1, 28, 28)).shape == (2, 10)
+    assert app.task.make_model(3, 7)(torch.rand(2, 3, 32, 32)).shape == (2, 7)
+    done = try_out(app, num_server_rounds=1, fraction_clients_train=0.4, learning_rate=0.01)
+    assert done.rows[1]["train_received"] == 2
+    assert not same_bits(done.model, app.task.initial_model(1, 10, 42).state_dict())
+    if recipe == "resnet18":  # BatchNorm's counters are whole numbers
+        assert done.model["bn1.num_batches_tracked"].dtype == torch.int64
+        assert done.model["bn1.num_batches_tracked"] > 0
+
+
+@pytest.mark.parametrize("recipe", ["resnet18", "transformer"])
+def test_another_model_takes_six_lines(recipe):
+    ((_, _, code),) = blocks(recipe)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 6
+
+
+# ------------------------------------------------------------------------- 2. Your own images
+
+
+@pytest.fixture
+def animals(tmp_path) -> Path:
+    """Folders of images whose grey level depends on the class."""
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    levels = {"ant": 40, "bee": 120, "cat": 200}
+
+    def fill(folder: Path, names: list[str], count: int) -> None:
+        for name in names:
+            (folder / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = rng.normal(128, 5, (28, 28)).clip(0, 255)
+                pixels[: 7 * (1 + list(levels).index(name) if name in levels else 1)] = 20
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{number}.png")
+
+    fill(tmp_path / "animals" / "train", list(levels), 20)
+    fill(tmp_path / "animals" / "test", list(levels), 5)
+    fill(tmp_path / "node", ["cat", "bee"], 10)  # no ants
+    fill(tmp_path / "zoo", ["cat", "dog"], 10)  # dogs are nothing that the server knows
+    return tmp_path
+
+
+def test_a_folder_of_class_folders(try_out, animals):
+    done = try_out(changed_app(), dataset=str(animals / "animals"), num_server_rounds=5, local_epochs=3)
+    assert json.loads((done.directory / "run_config.json").read_text())["class-names"] == ["ant", "bee", "cat"]
+    assert done.rows[-1]["centralized_accuracy"] > 0.9
+
+
+def test_a_node_that_lacks_classes(try_out, animals):
+    app = changed_app()
+    grid = InProcessGrid(app.client_app.app, {}, 2)
+    for context in grid.contexts.values():
+        context.node_config["data-path"] = str(animals / "node")
+    settings = {"dataset": str(animals / "animals"), "num_server_rounds": 5, "local_epochs": 3}
+    done = try_out(app, grid, **settings, logit_adjustment=0.0, opt_in_probability=1.0)
+    # Cats and bees have the server's numbers, although the node's own are others; it knows no ants.
+    ants, bees, cats = done.rows[-1]["centralized_accuracy_per_class"]
+    assert (ants, bees, cats) == (0.0, 1.0, 1.0)
+    assert done.rows[-1]["federated_evaluate_accuracy"] == 1.0
+
+
+def test_a_class_that_the_server_lacks_is_named(try_out, animals, caplog):
+    app = changed_app()
+    grid = InProcessGrid(app.client_app.app, {}, 3)
+    for context in list(grid.contexts.values())[:1]:
+        context.node_config["data-path"] = str(animals / "zoo")
+    done = try_out(app, grid, dataset=str(animals / "animals"), fraction_clients_train=1.0)
+    assert [(row["train_received"], row["train_failed"]) for row in done.rows[1:]] == [(2, 1), (2, 1)]
+    assert "['dog'] is not among them" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_a_table_of_paths_and_labels(try_out, animals, kind, monkeypatch):
+    import pandas
+
+    monkeypatch.chdir(animals)
+    for split in ("train", "test"):
+        rows = [(str(path), path.parent.name) for path in sorted(Path("animals", split).glob("*/*.png"))]
+        table = pandas.DataFrame(rows, columns=["path", "animal"])
+        table.to_csv(f"{split}.csv", index=False, quoting=csv.QUOTE_MINIMAL)
+        table.to_parquet(f"{split}.parquet")
+    code = block("table").replace('"animals"', '"table"')
+    exec(code.replace('"csv"', f'"{kind}"').replace(".csv", f".{kind}"), {})
+    done = try_out(changed_app(), dataset=str(animals / "table"), num_server_rounds=1)
+    assert json.loads((done.directory / "run_config.json").read_text())["class-names"] == ["ant", "bee", "cat"]
+    assert done.rows[1]["train_received"] == 3
+
+
+def block(recipe: str) -> str:
+    """The code of a recipe that changes no file."""
+    import re
+
+    return re.search(rf"<!-- {recipe}: -->\n```python\n(.*?)```", TEXT, re.DOTALL).group(1)
+
+
+# ------------------------------------------------------------- 3. Start from a trained model
+
+
+def test_start_from_a_trained_model(try_out):
+    first = try_out(changed_app())
+    path = str(first.directory / "final_model.pt")
+    second = try_out(changed_app(), initial_model=path, num_server_rounds=1)
+    assert second.rows[0]["centralized_loss"] == first.rows[-1]["centralized_loss"]
+    assert json.loads((second.directory / "run_config.json").read_text())["initial-model"] == path
+
+
+def test_a_new_last_layer_on_an_old_body(try_out, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    net = changed_app().task.initial_model(1, 26, seed=7)  # letters
+    torch.save(net.state_dict(), "old.pt")
+    exec(block("initial"), {})
+    start = torch.load("start.pt", weights_only=True)
+    assert torch.equal(start["fc1.weight"], net.state_dict()["fc1.weight"])
+    assert start["fc2.weight"].shape == (10, 128)
+    assert try_out(changed_app(), initial_model=str(tmp_path / "start.pt")).rows[2]["train_received"] == 3
+    with pytest.raises(Exception, match="is not a state_dict of this model"):
+        try_out(changed_app(), initial_model=str(tmp_path / "old.pt"))
+
+
+# ----------------------------------------------------------- 4. An optimizer on the server
+
+
+def test_momentum_on_the_server_by_hand():
+    app = changed_app("fedavgm")
+    net = torch.nn.BatchNorm1d(1)  # weight and bias; running_mean, running_var and a counter
+    state = app.utils.ServerState({name: tensor.clone() for name, tensor in net.state_dict().items()})
+    mean = {name: tensor + 1 for name, tensor in state.model.items()}
+    state.model = app.server_app.server_step(net, state, mean)  # a step of 1
+    assert (state.model["weight"].item(), state.model["running_mean"].item()) == (2.0, 1.0)
+    mean = {name: tensor + 1 for name, tensor in state.model.items()}
+    state.model = app.server_app.server_step(net, state, mean)  # 1 + 0.9 * 1
+    assert state.model["weight"].item() == pytest.approx(3.9)
+    assert (state.model["running_mean"].item(), state.model["num_batches_tracked"].item()) == (2.0, 2)
+
+
+@pytest.mark.parametrize("recipes", [("fedavgm",), ("fedavgm", "fedadam")])
+def test_the_server_optimizer_survives_a_resume(try_out, tmp_path, monkeypatch, recipes):
+    app = changed_app(*recipes)
+    whole = try_out(app, num_server_rounds=4)
+    again = resumed(app, try_out, tmp_path, monkeypatch, after=2, num_server_rounds=4)
+    assert same_bits(again.model, whole.model)
+    assert untimed(again.rows) == untimed(whole.rows)
+    checkpoint = torch.load(again.directory / "checkpoints" / "last.pt", weights_only=True)
+    assert len(checkpoint["state"]["optimizer"]["state"]) == len(whole.model)
+    assert not same_bits(whole.model, try_out(changed_app(), num_server_rounds=4).model)
+
+
+# ------------------------------------------------------------------------------ 5. FedProx
+
+
+def test_the_proximal_term_keeps_a_model_near_its_start(try_out):
+    app, start = changed_app("fedprox"), changed_app().task.initial_model(1, 10, 42).state_dict()
+    plain = try_out(changed_app(), num_server_rounds=1, local_epochs=5)
+    drifts = []
+    for mu in (0.0, 1.0, 10.0):
+        done = try_out(app, num_server_rounds=1, local_epochs=5, proximal_mu=mu)
+        drifts.append(sum((done.model[name] - start[name]).square().sum().item() for name in start))
+        if mu == 0.0:
+            assert same_bits(done.model, plain.model)
+            assert done.rows[1]["train_loss"] == plain.rows[1]["train_loss"]
+    assert drifts[0] > drifts[1] > drifts[2]
+
+
+# ---------------------------------------------------------------------- 6. The first K of N
+
+
+def test_the_first_of_the_cohort_make_the_round(try_out, caplog):
+    app = changed_app("first-k")
+    paces = [1.0, 1.0, 1.0, 500.0]  # the last one is a straggler
+    plain = changed_app()
+    config = app.defaults
+    slow = try_out(plain, PacedGrid(plain, config, paces), fraction_clients_train=1.0)
+    quick = try_out(app, PacedGrid(app, config, paces), fraction_clients_train=1.0)
+    assert [row["train_received"] for row in slow.rows[1:]] == [4, 4]
+    assert [row["train_received"] for row in quick.rows[1:]] == [3, 3]
+    assert [row["train_failed"] for row in quick.rows[1:]] == [0, 0]
+    assert sum(row["seconds_train"] for row in slow.rows[1:]) > 999
+    assert sum(row["seconds_train"] for row in quick.rows[1:]) < 5
+    assert "left out" not in caplog.text.split("Starting round")[-1]
+
+
+def test_the_first_of_the_cohort_may_be_fewer(try_out):
+    app = changed_app("first-k")
+    done = try_out(app, PacedGrid(app, app.defaults, [1.0, 1.0, 900.0, 900.0]), fraction_clients_train=1.0)
+    assert [row["train_received"] for row in done.rows[1:]] == [2, 2]
+    assert [row["train_failed"] for row in done.rows[1:]] == [2, 2]
+
+
+# ----------------------------------------------------- 7. Buffered asynchronous rounds
+
+
+def test_a_stale_update_counts_less(try_out, monkeypatch):
+    app = changed_app("fedbuff")
+    monkeypatch.setattr(app.server_app, "BUFFER", 1)
+
+    def add_one(message, context):
+        if message.metadata.message_type != MessageType.TRAIN:
+            return app.client_app.app(message, context)
+        arrays = message.content["arrays"].to_torch_state_dict()
+        trained = app.messaging.to_array_record({name: tensor + 1 for name, tensor in arrays.items()})
+        metrics = MetricRecord({"train_loss": 0.5, "num-examples": 1})
+        return Message(RecordDict({"arrays": trained, "metrics": metrics}), reply_to=message)
+
+    grid = PacedGrid(app, app.defaults, [1.0, 2.5])
+    grid.handlers = {0: add_one, 1: add_one}
+    done = try_out(app, grid, num_server_rounds=3, fraction_clients_train=1.0, evaluate_every=9)
+    # The quick node adds 1 at 1 s and at 2 s. At 2.5 s, the slow one's update is two rounds old.
+    start = app.task.initial_model(1, 10, 42).state_dict()
+    for name, tensor in done.model.items():
+        assert torch.allclose(tensor - start[name], torch.tensor(2 + 3**-0.5), atol=1e-5)
+    assert trained(grid) == {"1": [0, 1], "2": [0], "3": [0]}
+    assert [row["train_received"] for row in done.rows[1:]] == [1, 1, 1]
+    assert sum(row["seconds_train"] for row in done.rows[1:]) == pytest.approx(2.5, abs=0.1)
+
+
+def test_nodes_are_at_work_all_the_time(try_out):
+    app = changed_app("fedbuff")
+    grid = PacedGrid(app, app.defaults, [1.0] * 8 + [7.0] * 2)
+    done = try_out(app, grid, num_server_rounds=8, fraction_clients_train=0.8, evaluate_every=9)
+    assert all(row["train_received"] >= app.server_app.BUFFER for row in done.rows[1:])
+    sampled, received = ([row[f"train_{key}"] for row in done.rows[1:]] for key in ("sampled", "received"))
+    assert sampled == [8, *received[:-1]]  # whoever is done makes room for another
+    assert sum(row["seconds_train"] for row in done.rows[1:]) < 14
+    assert {8, 9} & {partition for round_ in trained(grid).values() for partition in round_}
+
+
+# ----------------------------------------------------------------- 8. Differential privacy
+
+
+def test_clipping_and_noise_by_hand():
+    pytest.importorskip("dp_accounting")
+    private_mean = changed_app("dp").server_app.private_mean
+    model = {"w": torch.zeros(20_000), "counter": torch.tensor(3)}
+    ones = {"w": torch.zeros(20_000).index_fill(0, torch.tensor([0]), 100.0), "counter": torch.tensor(9)}
+    config = SimpleNamespace(clip_norm=2.0, noise_multiplier=1e-9)
+    # Two of four nodes replied: (2 + 2) / 4, whatever their number of examples.
+    exact = private_mean([(ones, 1), (ones, 1000)], model, 4, config)
+    assert exact["w"][0].item() == pytest.approx(1.0, abs=1e-6)
+    assert exact["counter"] == 3
+    config.noise_multiplier = 0.5
+    noisy = [private_mean([], model, 4, config)["w"] for _ in range(2)]
+    assert noisy[0].std().item() == pytest.approx(0.5 * 2 * 2 / 4, rel=0.05)
+    assert not torch.equal(*noisy)
+
+
+def test_epsilon_is_that_of_the_accountant_after_a_resume_too(try_out, tmp_path, monkeypatch):
+    pytest.importorskip("dp_accounting")
+    from dp_accounting import GaussianDpEvent, SampledWithoutReplacementDpEvent
+    from dp_accounting.privacy_accountant import NeighboringRelation
+    from dp_accounting.rdp import RdpAccountant
+
+    app = changed_app("dp")
+    settings = {"num_server_rounds": 4, "noise_multiplier": 2.0}
+    again = resumed(app, try_out, tmp_path, monkeypatch, after=2, **settings)
+    accountant = RdpAccountant(neighboring_relation=NeighboringRelation.REPLACE_ONE)
+    expected = []
+    for _ in range(4):
+        accountant.compose(SampledWithoutReplacementDpEvent(5, 3, GaussianDpEvent(2.0)))
+        expected.append(accountant.get_epsilon(1e-3))
+    assert [row["epsilon"] for row in again.rows] == [None, *map(pytest.approx, expected)]
+    with pytest.raises(Exception, match="noise-multiplier"):
+        try_out(app, **settings | {"noise_multiplier": 1.0}, resume_from=str(again.directory))
+
+
+# ------------------------------------------------------------------------ 9. A personal head
+
+
+def test_each_node_keeps_a_head_of_its_own(try_out):
+    app = changed_app("personal-head")
+    settings = {"num_server_rounds": 3, "fraction_clients_train": 1.0, "opt_in_probability": 1.0}
+    done = try_out(app, **settings)
+    plain = try_out(changed_app(), **settings)
+    assert same_bits(done.model, plain.model)  # the global model knows nothing of the heads
+    heads = [context.state["head"].to_torch_state_dict()["weight"] for context in done.grid.contexts.values()]
+    assert len(heads) == 5
+    assert not torch.equal(heads[0], heads[1])
+    assert all(0 <= row["federated_evaluate_personal_accuracy"] <= 1 for row in done.rows[1:])
+    assert done.rows[0]["federated_evaluate_personal_accuracy"] is None
+
+
+@pytest.mark.e2e
+def test_flower_keeps_the_heads_from_message_to_message(tiny_dataset, tmp_path):
+    app = copy_app(tmp_path / "app")
+    apply("personal-head", app)
+    settings = {"dirichlet_alpha": 0.1, "local_epochs": 5, "fraction_clients_train": 1.0, "opt_in_probability": 1.0}
+    with LocalSuperLink(tmp_path / "flower") as superlink:
+        done = superlink.run(
+            nodes=3, app=app, dataset=tiny_dataset, use_wandb=False, query_timeout=60.0, query_max_delay=0.0, **settings
+        )
+    assert done.status == "finished:completed", done.log
+    last = done.results[-1]
+    assert last["evaluate_received"] == 3
+    assert last["federated_evaluate_personal_accuracy"] > last["federated_evaluate_accuracy"]
+
+
+# --------------------------------------------------------------------------- 10. Stop early
+
+
+def test_stop_at_a_target(try_out):
+    app = changed_app("early-stop")
+    done = try_out(app, num_server_rounds=9, target_accuracy=0.01)
+    assert [row["round"] for row in done.rows] == [0, 1]
+    again = try_out(app, num_server_rounds=9, target_accuracy=0.01, resume_from=str(done.directory))
+    assert untimed(again.rows) == untimed(done.rows)
+    assert not again.grid.sent
+    more = try_out(app, num_server_rounds=2, target_accuracy=2.0, resume_from=str(done.directory))
+    assert [row["round"] for row in more.rows] == [0, 1, 2]
+
+
+def test_stop_without_progress_even_across_a_resume(try_out, tmp_path, monkeypatch):
+    app = changed_app("early-stop")
+    settings = {"num_server_rounds": 20, "target_accuracy": 2.0, "patience": 3, "learning_rate": 1e-9}
+    whole = try_out(app, **settings)
+    best = whole.rows[1]["centralized_accuracy"]
+    assert all(row["centralized_accuracy"] == best for row in whole.rows[1:])
+    assert len(whole.rows) - 1 == 1 + 3  # the first round is the best, and three are not better
+    again = resumed(app, try_out, tmp_path, monkeypatch, after=3, **settings)
+    assert untimed(again.rows) == untimed(whole.rows)
+
+
+# ------------------------------------------------------------------------- 11. Choose nodes
+
+
+def test_nodes_by_name(try_out, monkeypatch):
+    app = changed_app("by-name")
+    grid = InProcessGrid(app.client_app.app, {}, 5)
+    get_nodes = grid.get_nodes
+
+    def named():
+        nodes = get_nodes()
+        for node in nodes:
+            node.name = f"hospital-{node.node_id}" if grid.partition(node.node_id) in (1, 3, 4) else "clinic"
+        return nodes
+
+    monkeypatch.setattr(grid, "get_nodes", named)
+    done = try_out(app, grid, fraction_clients_train=1.0)
+    assert trained(done.grid) == {"1": [1, 3, 4], "2": [1, 3, 4]}
+
+
+def test_nodes_by_their_configuration(try_out):
+    app = changed_app("by-node-config")
+    grid = InProcessGrid(app.client_app.app, {}, 5)
+    for context in grid.contexts.values():
+        if grid.partition(context.node_id) in (0, 3):
+            context.node_config["site"] = "north"
+    done = try_out(app, grid, fraction_clients_train=1.0)
+    assert trained(done.grid) == {"1": [0, 3], "2": [0, 3]}
+
+
+# --------------------------------------- 12. Optimizer, setting, metric, rate for each node
+
+
+def test_another_optimizer_with_its_setting(try_out):
+    app = changed_app("adamw")
+    models = [try_out(app, weight_decay=decay).model for decay in (0.0, 1.0)]
+    norms = [sum(tensor.square().sum().item() for tensor in model.values()) for model in models]
+    assert norms[0] > norms[1]
+    assert app.defaults["learning-rate"] == 0.001
+    with pytest.raises(Exception, match=r"weight-decay: 2\.0 is not allowed"):
+        try_out(app, weight_decay=2.0)
+
+
+def test_a_metric_of_ones_own_reaches_results_and_wandb(try_out, monkeypatch):
+    app = changed_app("balanced")
+    logged = []
+    fake = SimpleNamespace(step=0, log=lambda values, **_: logged.append(values))
+    monkeypatch.setattr(app.utils, "start_wandb", lambda *args: fake)
+    monkeypatch.setattr(app.utils, "finish_wandb", lambda *args, **kwargs: None)
+    done = try_out(app, opt_in_probability=1.0, use_wandb=True)
+    values = [row["federated_evaluate_balanced_accuracy"] for row in done.rows]
+    assert values[0] is None
+    assert all(0 <= value <= 1 for value in values[1:])
+    assert [row.get("federated_evaluate_balanced_accuracy") for row in logged] == values
+    assert values[2] != done.rows[2]["federated_evaluate_accuracy"]
+
+
+def test_a_learning_rate_that_differs_by_node(try_out):
+    app = changed_app("lr-scale")
+    plain = try_out(changed_app(), fraction_clients_train=1.0)
+    halved = InProcessGrid(app.client_app.app, {}, 5)
+    for context in halved.contexts.values():
+        context.node_config["lr-scale"] = 0.5
+    done = try_out(app, halved, fraction_clients_train=1.0)
+    assert same_bits(try_out(app, fraction_clients_train=1.0).model, plain.model)
+    assert same_bits(done.model, try_out(changed_app(), fraction_clients_train=1.0, learning_rate=0.025).model)
+
+
+# ------------------------------------------------------- 13. to 15. The round's own parts
+
+
+def test_a_median_instead_of_a_mean(try_out):
+    app = changed_app("median")
+    like = {"w": torch.zeros(2)}
+    updates = [({"w": torch.tensor(v)}, 1) for v in ([1.0, 9.0], [2.0, 8.0], [1e30, -1e30])]
+    assert app.server_app.weighted_mean(updates, like)["w"].tolist() == [2.0, 8.0]
+    assert app.server_app.weighted_mean([], like) is None
+    assert not same_bits(try_out(app).model, try_out(changed_app()).model)
+
+
+def test_nodes_take_turns(try_out):
+    done = try_out(changed_app("turns"), num_server_rounds=5, fraction_clients_train=0.4)
+    assert trained(done.grid) == {"1": [0, 1], "2": [2, 3], "3": [0, 4], "4": [1, 2], "5": [3, 4]}
+
+
+def test_one_more_phase(try_out):
+    done = try_out(changed_app("battery"), fraction_clients_train=1.0)
+    # Partition p has a level of 1 / (1 + p): only that of partition 0 is above one half.
+    assert trained(done.grid) == {"1": [0], "2": [0]}
+    assert [row["train_sampled"] for row in done.rows[1:]] == [1, 1]
+
+
+# --------------------------------------------------------------------------- The document
+
+RECIPES = list(dict.fromkeys(match[0] for match in BLOCK.findall(TEXT)))
+
+
+def test_every_recipe_has_a_test():
+    tests = Path(__file__).read_text()
+    assert len(RECIPES) >= 17
+    for recipe in RECIPES:
+        assert f'"{recipe}"' in tests, recipe
+        assert f"**{recipe}**" in TEXT, recipe
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_is_a_few_lines(recipe):
+    code = [line for _, _, text in blocks(recipe) for line in text.splitlines()]
+    changed = [line for line in code if line.strip() and line[0] not in "-@"]
+    assert len(changed) <= 50
+    assert max(map(len, code)) <= 121  # a line of the app, and a sign
+
+
+def test_the_command_that_applies_a_recipe(tmp_path):
+    import shutil
+
+    project = Path(__file__).parent.parent
+    shutil.copytree(project / "pytorch_example_low_level", tmp_path / "pytorch_example_low_level")
+    shutil.copy(project / "pyproject.toml", tmp_path)
+    subprocess.run([sys.executable, "-m", "tests.recipes", "fedprox", str(tmp_path)], cwd=project, check=True)
+    assert "proximal-mu = 0.01" in (tmp_path / "pyproject.toml").read_text()
+    assert "config.proximal_mu" in (tmp_path / "pytorch_example_low_level" / "task.py").read_text()

@@ -1,0 +1,599 @@
+"""The phases of a round, one by one: nodes, cohort, training, aggregation, evaluation; and replies that lie."""
+
+import json
+import logging
+import math
+import os
+from collections import Counter
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MessageType, MetricRecord, RecordDict
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pytorch_example_low_level import server_app, task, utils
+from pytorch_example_low_level.config import RunConfig, UserError
+from pytorch_example_low_level.messaging import MAX_EXAMPLES, MAX_WAITING, Mailbox, Node, connected_nodes
+from pytorch_example_low_level.server_app import (
+    collect_opt_ins,
+    evaluate,
+    evaluate_centrally,
+    sample_asked,
+    sample_cohort,
+    send_queries,
+    train,
+    wait_for_nodes,
+    weighted_mean,
+)
+from tests.conftest import same_bits
+from tests.grid import InProcessGrid, make_context, run_config
+
+
+def config_with(**overrides) -> RunConfig:
+    return RunConfig.from_context(make_context(run_config(**overrides)))
+
+
+def info(caplog) -> list[str]:
+    return [r.message for r in caplog.records if r.levelname == "INFO"]
+
+
+# ---------------------------------------------------------------------------------- Nodes
+
+
+class Registering(InProcessGrid):
+    """A Grid that has one more of `counts` nodes each time that it is asked, and the last one for good."""
+
+    def __init__(self, *counts: int, simulated: bool = True) -> None:
+        super().__init__(lambda m, c: None, run_config(), max(counts))
+        self.simulated = simulated
+        self.counts = list(counts)
+
+    def get_nodes(self):
+        count = self.counts.pop(0) if len(self.counts) > 1 else self.counts[0]
+        return [node for node in super().get_nodes() if self.partition(node.node_id) < count]
+
+
+def wait(grid, before=None, *, resumed=True, **overrides) -> int:
+    nodes = wait_for_nodes(grid, config_with(**overrides), before, resumed=resumed)
+    assert [grid.partition(node.node_id) for node in nodes] == list(range(len(nodes)))
+    return len(nodes)
+
+
+def test_waits_until_no_more_nodes_register():
+    assert wait(Registering(0, 0, 2, 7, 9, 10, 10, 11)) == 10
+
+
+def test_waits_for_the_least_number_of_nodes():
+    assert wait(Registering(3, 3, 3, 6, 6), min_available_nodes=5) == 6
+
+
+def test_waits_as_long_as_it_takes_to_settle(monkeypatch):
+    monkeypatch.undo()  # the real constant
+    slept = []
+    monkeypatch.setattr(server_app, "time", SimpleNamespace(monotonic=lambda: 0, sleep=slept.append))
+    assert wait(Registering(2, 4, 4)) == 4
+    assert slept == [0.5, 0.5]
+    assert wait(Registering(2, 2), node_wait_timeout=0.2) == 2
+    assert slept[2:] == [0.2]
+
+
+def test_the_number_of_the_last_round_needs_no_wait(monkeypatch):
+    monkeypatch.setattr(server_app, "time", SimpleNamespace(monotonic=lambda: 0))  # has no sleep
+    assert wait(Registering(5), before=5) == 5
+
+
+def test_too_few_nodes_are_one_clear_error(monkeypatch):
+    now = 0.0
+
+    def sleep(seconds):
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr(server_app, "time", SimpleNamespace(monotonic=lambda: now, sleep=sleep))
+    monkeypatch.setattr(server_app, "SETTLE", 0.5)
+    said = r"Only 1 nodes are connected after 12 s, and min-available-nodes is 2\. Start more nodes, wait longer"
+    with pytest.raises(UserError, match=said):
+        wait(Registering(1), node_wait_timeout=12.0)
+    assert 12 <= now <= 12.5
+
+
+def test_waiting_for_nodes_is_logged_every_five_seconds(monkeypatch, caplog):
+    caplog.set_level("INFO", logger="flwr")
+    seconds = iter(range(1000))
+    clock = SimpleNamespace(monotonic=lambda: next(seconds), sleep=lambda seconds: None)
+    monkeypatch.setattr(server_app, "time", clock)
+    assert wait(Registering(*[1] * 12, 3, 3), min_available_nodes=3, node_wait_timeout=20) == 3
+    assert info(caplog) == [f"Waiting for nodes: 1/3, {left} s left" for left in (19, 14, 9)]
+
+
+def test_a_simulation_resumed_with_other_nodes_is_refused():
+    for before, now in ((4, 5), (6, 5)):
+        said = f'The run had {before} simulated nodes, and now there are {now}:.* "num-supernodes={before} '
+        with pytest.raises(UserError, match=said):
+            wait(Registering(now), before=before)
+
+
+@pytest.mark.parametrize(("simulated", "resumed"), [(False, True), (False, False), (True, False)])
+def test_other_numbers_of_nodes_are_logged(caplog, simulated, resumed):
+    """Over a network nodes come and go; on a busy machine, the last ones of a simulation register after round 1."""
+    caplog.set_level("INFO", logger="flwr")
+    assert wait(Registering(5, simulated=simulated), before=4, resumed=resumed) == 5
+    assert info(caplog) == ["5 nodes are connected; there were 4 in the last round."]
+
+
+@pytest.mark.parametrize(
+    ("count", "simulated", "before", "hint"),
+    [(2, True, None, True), (3, True, None, False), (2, False, None, False), (2, True, 2, False)],
+)
+def test_two_simulated_nodes_are_told_how_to_be_fifty(caplog, count, simulated, before, hint):
+    caplog.set_level("INFO", logger="flwr")
+    wait(Registering(count, simulated=simulated), before=before)
+    assert ("num-supernodes=50" in caplog.text) == hint
+
+
+# --------------------------------------------------------------------------------- Cohort
+
+
+def nodes(count: int) -> list[Node]:
+    return [Node(1000 + i) for i in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("fraction", "least", "available", "expected"),
+    [(0.2, 2, 50, 10), (0.01, 2, 50, 2), (1.0, 2, 50, 50), (0.5, 2, 5, 2), (0.29, 1, 100, 29), (0.1, 3, 2, 2)],
+)
+def test_the_size_of_the_cohort(fraction, least, available, expected):
+    config = config_with(fraction_clients_train=fraction, min_train_nodes=least, min_available_nodes=100)
+    cohort = sample_cohort(nodes(available), config, 1)
+    assert len(set(cohort)) == len(cohort) == expected
+
+
+@pytest.mark.parametrize(
+    ("fraction", "available", "expected"), [(1.0, 7, 7), (0.5, 7, 3), (0.01, 7, 1), (0.29, 100, 29)]
+)
+def test_the_number_of_nodes_that_are_asked(fraction, available, expected):
+    asked = sample_asked(nodes(available), config_with(fraction_clients_query=fraction), 1)
+    assert len(set(asked)) == len(asked) == expected
+
+
+@pytest.mark.parametrize("sample", [sample_cohort, sample_asked])
+def test_a_sample_is_uniform_and_of_seed_and_round_alone(sample):
+    config = config_with(fraction_clients_train=0.2, fraction_clients_query=0.2)
+    everyone = nodes(50)
+    drawn = [node.node_id - 1000 for r in range(1, 501) for node in sample(everyone, config, r)]
+    counts = torch.tensor(drawn).bincount(minlength=50)
+    assert counts.sum() == 5000
+    assert ((counts - 100).abs() < 5 * math.sqrt(80)).all()  # binomial: n p (1 - p) = 500 * 0.2 * 0.8
+    third = sample(everyone, config, 3)
+    assert third == sample(everyone, config, 3) == sorted(third, key=everyone.index)
+    assert third != sample(everyone, config, 4)
+    assert third != sample(everyone, config_with(seed=43, fraction_clients_train=0.2, fraction_clients_query=0.2), 3)
+
+
+def test_who_trains_says_nothing_about_who_is_asked():
+    config = config_with(fraction_clients_train=0.2, fraction_clients_query=0.2)
+    everyone = nodes(50)
+    both = sum(len({*sample_cohort(everyone, config, r)} & {*sample_asked(everyone, config, r)}) for r in range(500))
+    assert 800 < both < 1200  # a fifth of a fifth of 50, 500 times
+
+
+# ---------------------------------------------------------------------------- Aggregation
+
+
+def test_the_mean_is_weighted_by_the_number_of_examples():
+    a, b = {"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([5.0, 10.0])}
+    mean = weighted_mean([(a, 1), (b, 3)], like=a)
+    assert mean["w"].tolist() == [4.0, 8.0]  # (1*1 + 3*5) / 4, (1*2 + 3*10) / 4
+    assert a["w"].tolist() == [1.0, 2.0]  # no reply is changed, or counted twice
+    assert b["w"].tolist() == [5.0, 10.0]
+
+
+def test_a_cohort_of_one_comes_back_bit_by_bit():
+    torch.manual_seed(0)
+    model = {
+        "w": torch.randn(100), "half": torch.randn(100).to(torch.bfloat16), "n": torch.tensor(7),
+        "complex": torch.randn(9, dtype=torch.complex64), "bool": torch.tensor([True, False]),
+        "byte": torch.arange(250, dtype=torch.uint8), "none": torch.zeros(0, 3),
+    }  # fmt: skip
+    mean = weighted_mean([(model, 13)], like=model)
+    assert same_bits(mean, model)
+    assert mean["w"] is not model["w"]
+
+
+def test_no_reply_gives_no_mean():
+    assert weighted_mean([], like={"w": torch.zeros(2)}) is None
+
+
+def test_integer_buffers_keep_their_dtype_and_are_rounded():
+    like = torch.nn.BatchNorm1d(2).state_dict()
+    assert like["num_batches_tracked"].dtype == torch.int64
+    replies = [({**like, "num_batches_tracked": torch.tensor(n)}, w) for n, w in ((10, 1), (20, 2))]
+    mean = weighted_mean(replies, like=like)
+    assert mean["num_batches_tracked"].dtype == torch.int64
+    assert mean["num_batches_tracked"].item() == 17  # 50 / 3 = 16.67
+    assert mean["num_batches_tracked"].shape == ()
+
+
+def test_a_mask_becomes_what_most_examples_say():
+    masks = [torch.tensor([True, False, True]), torch.tensor([True, True, False])]
+    mean = weighted_mean([({"m": mask}, weight) for mask, weight in zip(masks, (1, 3), strict=True)], {"m": masks[0]})
+    assert mean["m"].tolist() == [True, True, False]
+
+
+def test_bfloat16_is_summed_exactly_and_rounded_once():
+    like = {"w": torch.zeros(1, dtype=torch.bfloat16)}
+    # 256 + 1 is 256 in bfloat16: a sum kept in that type would never leave 256.
+    replies = [({"w": torch.tensor([v], dtype=torch.bfloat16)}, 1) for v in [256.0] + [1.0] * 255]
+    mean = weighted_mean(replies, like=like)
+    assert mean["w"].dtype == torch.bfloat16
+    assert mean["w"].item() == torch.tensor((256 + 255) / 256).to(torch.bfloat16).item()
+
+
+def test_updates_are_added_one_by_one_and_never_held():
+    alive = 0
+    peak = 0
+
+    class Update(dict):
+        def __init__(self, value: float) -> None:
+            nonlocal alive, peak
+            super().__init__(w=torch.full((4,), value))
+            alive += 1
+            peak = max(peak, alive)
+
+        def __del__(self) -> None:
+            nonlocal alive
+            alive -= 1
+
+    def updates() -> Iterator[tuple[Update, int]]:
+        for value in range(50):
+            yield Update(float(value)), 2
+
+    mean = weighted_mean(updates(), like={"w": torch.zeros(4)})
+    assert mean["w"].tolist() == [24.5] * 4
+    assert peak <= 2  # the one that is added, and the one that comes
+
+
+# --------------------------------------------------------------------------- The phases
+
+MODEL = {"w": torch.tensor([[1.0, 2.0], [3.0, -4.0]]), "d": torch.tensor([0.1, 0.2]).double(), "n": torch.tensor(5)}
+INSTRUCTIONS = {"server-round": 3, "lr": 0.25, "class-names": ["a", "b"]}
+CONFIG = config_with(train_timeout=30.0, query_timeout=30.0, evaluate_timeout=30.0, query_max_delay=0.125)
+
+
+def honest(msg: Message, context) -> Message:
+    """Node i trains by adding i / 3, and has i + 1 examples."""
+    place = int(context.node_config["partition-id"])
+    if msg.metadata.message_type == MessageType.QUERY:
+        return Message(RecordDict({"config": ConfigRecord({"opt-in": place != 1})}), reply_to=msg)
+    if msg.metadata.message_type == MessageType.EVALUATE:
+        metrics = MetricRecord({"eval_loss": 1.0 + place, "eval_acc": place / 4, "num-examples": place + 1})
+        return Message(RecordDict({"metrics": metrics}), reply_to=msg)
+    state = msg.content["arrays"].to_torch_state_dict()
+    trained = {name: (tensor + place / 3).to(tensor.dtype) for name, tensor in state.items()}
+    metrics = MetricRecord({"train_loss": 0.1 + place, "num-examples": place + 1})
+    return Message(RecordDict({"arrays": ArrayRecord(trained), "metrics": metrics}), reply_to=msg)
+
+
+def fails(msg: Message, context) -> Message:
+    return Message(Error(code=0, reason="no"), reply_to=msg)
+
+
+@pytest.fixture
+def grid() -> InProcessGrid:
+    return InProcessGrid(honest, run_config(), 3)
+
+
+def test_train_returns_model_loss_and_counts(grid, caplog):
+    caplog.set_level("INFO", logger="flwr")
+    batch, model, loss = train(Mailbox(grid), connected_nodes(grid), MODEL, INSTRUCTIONS, CONFIG)
+    step = (0 * 1 + 1 / 3 * 2 + 2 / 3 * 3) / 6
+    torch.testing.assert_close(model["w"], MODEL["w"] + step)
+    torch.testing.assert_close(model["d"], MODEL["d"] + step)
+    assert (model["w"].dtype, model["d"].dtype, model["n"].item()) == (torch.float32, torch.float64, 5)
+    assert loss == pytest.approx(0.1 + (0 * 1 + 1 * 2 + 2 * 3) / 6)
+    assert (batch.received, batch.failed, batch.rejected) == (3, 0, 0)
+    assert info(caplog) == ["📥 Received 3/3 results (TRAIN)"]
+    (deadline,) = {m.content["config"]["deadline"] for m in grid.sent}
+    assert dict(grid.sent[0].content["config"]) == INSTRUCTIONS | {"deadline": deadline}
+    assert {m.metadata.group_id for m in grid.sent} == {"3"}
+
+
+def test_without_a_usable_reply_the_model_stays(grid, caplog):
+    grid.client_app = fails
+    batch, model, loss = train(Mailbox(grid), connected_nodes(grid), MODEL, INSTRUCTIONS, CONFIG)
+    assert model is MODEL
+    assert loss is None
+    assert batch.failed == 3
+    assert "Round 3: no usable TRAIN reply; the global model stays as it is." in caplog.text
+
+
+def test_the_server_holds_few_models_at_a_time():
+    grid = InProcessGrid(honest, run_config(), 40)
+    train(Mailbox(grid), connected_nodes(grid), MODEL, INSTRUCTIONS, CONFIG)
+    assert 1 < grid.peak_models <= MAX_WAITING
+
+
+def test_opt_ins_are_those_that_say_so(grid, caplog):
+    caplog.set_level("INFO", logger="flwr")
+    mailbox = Mailbox(grid)
+    everyone = connected_nodes(grid)
+    queries = send_queries(mailbox, everyone, 3, CONFIG)
+    assert collect_opt_ins(mailbox, queries) == [everyone[0], everyone[2]]
+    assert info(caplog) == ["📨 Received 3/3 results (QUERY)", "✅ 2/3 nodes opted-in for evaluation (QUERY)"]
+    assert dict(grid.sent[0].content["config"]) == {
+        "server-round": 3,
+        "max-delay": 0.125,
+        "deadline": queries.deadline,
+    }
+
+
+def test_an_error_is_no_opt_in_and_is_named(grid, caplog):
+    grid.handlers = {0: fails}
+    mailbox = Mailbox(grid)
+    queries = send_queries(mailbox, connected_nodes(grid), 3, CONFIG)
+    assert len(collect_opt_ins(mailbox, queries)) == 1
+    assert " (query): no" in caplog.text
+
+
+def test_the_federated_figures_by_hand(grid, caplog):
+    caplog.set_level("INFO", logger="flwr")
+    accuracies, row = evaluate(Mailbox(grid), connected_nodes(grid), MODEL, INSTRUCTIONS, CONFIG)
+    assert accuracies == [0.0, 0.25, 0.5]
+    assert row == pytest.approx({
+        "evaluate_received": 3,
+        "evaluate_failed": 0,
+        "federated_evaluate_loss": (1 * 1 + 2 * 2 + 3 * 3) / 6,
+        "federated_evaluate_loss_std": math.sqrt((1 * (4 / 3) ** 2 + 2 * (1 / 3) ** 2 + 3 * (2 / 3) ** 2) / 6),
+        "federated_evaluate_accuracy": (0 * 1 + 0.25 * 2 + 0.5 * 3) / 6,
+        "federated_evaluate_accuracy_std": math.sqrt((1 * (1 / 3) ** 2 + 2 * (1 / 12) ** 2 + 3 * (1 / 6) ** 2) / 6),
+        "federated_evaluate_accuracy_min": 0.0,
+        "federated_evaluate_accuracy_p10": 0.05,
+        "federated_evaluate_accuracy_median": 0.25,
+    })  # fmt: skip
+    assert info(caplog) == [
+        "📥 Received 3/3 results (EVALUATE)",
+        "📊 Federated evaluation -> loss: 2.333±0.745 / accuracy: 0.333±0.186",
+    ]
+    assert same_bits(grid.sent[0].content["arrays"].to_torch_state_dict(), MODEL)
+
+
+@pytest.mark.parametrize("nobody", [True, False])
+def test_without_results_the_federated_figures_are_null(grid, caplog, nobody):
+    caplog.set_level("INFO", logger="flwr")
+    grid.client_app = fails
+    accuracies, row = evaluate(Mailbox(grid), [] if nobody else connected_nodes(grid), MODEL, INSTRUCTIONS, CONFIG)
+    assert accuracies == []
+    assert (row.pop("evaluate_received"), row.pop("evaluate_failed")) == (0, 0 if nobody else 3)
+    assert len(row) == 7
+    assert set(row.values()) == {None}
+    assert info(caplog)[-1] == "📊 Federated evaluation -> no node took part"
+
+
+@pytest.mark.parametrize(("accuracy", "used"), [(0.0, True), (1, True), (1.0001, False), (-0.1, False)])
+def test_an_accuracy_is_between_0_and_1(grid, caplog, accuracy, used):
+    def claims(msg, context):
+        metrics = MetricRecord({"eval_loss": 1.0, "eval_acc": accuracy, "num-examples": 1})
+        return Message(RecordDict({"metrics": metrics}), reply_to=msg)
+
+    grid.handlers = {1: claims}
+    accuracies, row = evaluate(Mailbox(grid), connected_nodes(grid), MODEL, INSTRUCTIONS, CONFIG)
+    assert row["evaluate_received"] == len(accuracies) == (3 if used else 2)
+    assert (f"eval_acc is {accuracy}, not between 0 and 1" in caplog.text) != used
+
+
+def test_a_central_loss_that_is_no_number_is_null(monkeypatch):
+    net = torch.nn.Linear(2, 2)
+    for loss, recorded in ((math.nan, None), (math.inf, None), (0.5, 0.5)):
+        monkeypatch.setattr(task, "test", lambda *args, loss=loss: task.Evaluation(loss, 0.25, [0.5, None]))
+        row = evaluate_centrally(net, net.state_dict(), None, torch.device("cpu"))
+        assert row == {
+            "centralized_loss": recorded,
+            "centralized_accuracy": 0.25,
+            "centralized_accuracy_per_class": [0.5, None],
+        }
+
+
+def test_the_central_evaluation_is_of_the_model_it_is_given(monkeypatch):
+    net, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    seen = []
+    monkeypatch.setattr(task, "test", lambda net, *args: seen.append(net.state_dict()) or task.Evaluation(1, 1, []))
+    evaluate_centrally(net, other.state_dict(), None, torch.device("cpu"))
+    assert same_bits(seen[0], other.state_dict())
+
+
+# ---------------------------------------------------------------------------- Hostile nodes
+
+DEFAULTS = run_config()
+LIAR = 1  # of the nodes 0, 1 and 2
+HONEST = ArrayRecord(MODEL)
+SCALAR = st.one_of(
+    st.integers(-(2**63), 2**63 - 1), st.floats(), st.sampled_from([1e308, -1e308, 1e100, 0, 0.5, 2**63 - 1])
+)
+WORDS = st.one_of(
+    st.text(max_size=40),
+    st.sampled_from(["\x1b[2J\x1b[31m", "a\nINFO : 🎉 all is well", "\u202e\u2066\u200f", "\x00\x07\r", "x" * 5000]),
+)
+NUMBERS = st.one_of(SCALAR, st.lists(st.integers(-(2**63), 2**63 - 1), max_size=3), st.lists(st.floats(), max_size=3))
+SETTING = st.one_of(SCALAR, st.booleans(), WORDS, st.binary(max_size=20), st.lists(WORDS, max_size=3))
+HEADERS = st.sampled_from([
+    b"{[]: 1}", b"{'descr': '<f4", b"{'descr': '<f4', 'shape': (", b"(" * 3000, b"-" * 3000 + b"1", b"",
+    b"{'descr': '<f4', 'fortran_order': False, 'shape': (25000000000,), }\n",
+    b"{'descr': '|O', 'fortran_order': False, 'shape': (2, 2), }\n",
+])  # fmt: skip
+
+
+def npy(header: bytes, version: int, values: bytes) -> bytes:
+    length = len(header).to_bytes(2 if version == 1 else 4, "little")
+    return b"\x93NUMPY" + bytes([version, 0]) + length + header + values
+
+
+def lies_about(name: str | None = None) -> st.SearchStrategy[Array]:
+    """Any array; with a name also one that differs little from the honest one."""
+    data = st.one_of(
+        st.binary(max_size=200), st.builds(npy, HEADERS, st.sampled_from([1, 2, 3]), st.binary(max_size=64))
+    )
+    dtypes = st.one_of(WORDS, st.sampled_from(["float32", "float64", "int64", "object", "<f4", "bfloat16"]))
+    shapes = st.lists(st.integers(-(2**63), 2**63 - 1), max_size=4).map(tuple)
+    stypes = st.one_of(WORDS, st.just("numpy.ndarray"))
+    if name is None:
+        return st.builds(Array, dtypes, shapes, stypes, data)
+    true = HONEST[name]
+    size = HONEST[name].numpy().nbytes
+    head = true.data[:-size]
+    data = st.one_of(
+        data,
+        st.binary(min_size=size, max_size=size).map(lambda values: head + values),  # any numbers
+        st.binary(min_size=len(head), max_size=len(head)).map(lambda header: header + true.data[-size:]),
+        HEADERS.map(lambda header: npy(header.ljust(len(head) - 10)[: len(head) - 10], 1, true.data[-size:])),
+    )
+    return st.one_of(
+        st.builds(Array, st.just(true.dtype), st.just(true.shape), st.just(true.stype), data),
+        st.builds(Array, dtypes | st.just(true.dtype), shapes | st.just(true.shape), stypes, data | st.just(true.data)),
+    )
+
+
+def mostly(true: dict, lies: dict) -> st.SearchStrategy[dict]:
+    """The true entries, with one or more of them replaced, taken out or added to."""
+    names = st.lists(st.sampled_from(sorted(lies)), min_size=1, max_size=2, unique=True)
+    missing = st.integers(0, 9).map(lambda number: number == 0)
+    return names.flatmap(lambda chosen: st.tuples(missing, st.fixed_dictionaries({n: lies[n] for n in chosen}))).map(
+        lambda drawn: {n: v for n, v in {**true, **drawn[1]}.items() if not (drawn[0] and n in drawn[1])}
+    )
+
+
+NEAR_ARRAYS = mostly(dict(HONEST), {name: lies_about(name) for name in HONEST} | {"more": lies_about()}).map(
+    ArrayRecord
+)
+ARRAYS = st.one_of(NEAR_ARRAYS, st.dictionaries(WORDS, lies_about(), max_size=3).map(ArrayRecord))
+TRUE_METRICS = {"train_loss": 0.5, "eval_loss": 0.5, "eval_acc": 0.5, "num-examples": 2}
+NEAR_METRICS = mostly(TRUE_METRICS, dict.fromkeys([*TRUE_METRICS, "more"], NUMBERS)).map(MetricRecord)
+METRICS = st.one_of(NEAR_METRICS, st.dictionaries(WORDS, NUMBERS, max_size=3).map(MetricRecord))
+CONFIGS = st.dictionaries(WORDS | st.just("opt-in"), SETTING, max_size=3).map(ConfigRecord)
+ANY_RECORD = st.one_of(ARRAYS, METRICS, CONFIGS)
+TRUTH = {
+    "arrays": HONEST,
+    "metrics": MetricRecord(TRUE_METRICS),
+    "config": ConfigRecord({"opt-in": True}),
+}
+CONTENT = st.one_of(
+    mostly(TRUTH, {"arrays": NEAR_ARRAYS}),
+    mostly(TRUTH, {"metrics": NEAR_METRICS}),
+    mostly(TRUTH, {"config": CONFIGS}),
+    mostly(TRUTH, dict.fromkeys([*TRUTH, "more"], ANY_RECORD)),
+    st.dictionaries(WORDS, ANY_RECORD, max_size=3),
+).map(RecordDict)
+LIE = st.one_of(CONTENT, st.builds(Error, st.integers(0, 2**31 - 1), WORDS))
+LIES = st.fixed_dictionaries({MessageType.TRAIN: LIE, MessageType.QUERY: LIE, MessageType.EVALUATE: LIE})
+
+
+class Lines(logging.Handler):
+    """Collects what is logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+def a_round(lies: dict) -> tuple[dict, dict, list[int], list[str]]:
+    """All phases of a round with one liar: its row, the model, who opted in, and the log (first the TRAIN fault)."""
+    grid = InProcessGrid(honest, DEFAULTS, 3)
+    grid.handlers = {LIAR: lambda msg, context: Message(lies[msg.metadata.message_type], reply_to=msg)}
+    mailbox = Mailbox(grid)
+    everyone = connected_nodes(grid)
+    log, lines = logging.getLogger("flwr"), Lines()
+    level, propagate, handlers = log.level, log.propagate, log.handlers[:]
+    log.handlers[:], log.propagate = [lines], False
+    log.setLevel("INFO")
+    try:
+        batch, model, loss = train(mailbox, everyone, MODEL, INSTRUCTIONS, CONFIG)
+        lines.lines.insert(0, batch.log_faults())
+        opted_in = collect_opt_ins(mailbox, send_queries(mailbox, everyone, 3, CONFIG))
+        accuracies, figures = evaluate(mailbox, everyone, MODEL, INSTRUCTIONS, CONFIG)
+    finally:
+        log.handlers[:], log.propagate = handlers, propagate
+        log.setLevel(level)
+    row = {"train_loss": loss, "train_received": batch.received, "accuracies": accuracies, **figures}
+    assert batch.received + batch.failed + batch.rejected == 3
+    return row, model, [grid.partition(node.node_id) for node in opted_in], lines.lines
+
+
+NO = Error(code=0, reason="no")
+WITHOUT = a_round({MessageType.TRAIN: NO, MessageType.QUERY: NO, MessageType.EVALUATE: NO})
+FEDERATED = [key for key in WITHOUT[0] if key[:9] in ("federated", "accuracie")]
+
+
+def check(lies: dict) -> str:
+    """One round with these lies; return what became of the TRAIN reply."""
+    row, model, opted_in, lines = a_round(lies)
+    without, model_without, opted_in_without, _ = WITHOUT
+    json.dumps(row, allow_nan=False)
+    assert all(tensor.double().isfinite().all() for tensor in model.values())
+    assert all(model[name].dtype == tensor.dtype for name, tensor in MODEL.items())
+    if row["train_received"] == 2:  # the liar is left out, as if it had never replied
+        assert same_bits(model, model_without)
+        assert row["train_loss"] == without["train_loss"]
+    else:  # what it says cannot be told from the truth
+        reply = lies[MessageType.TRAIN]
+        assert 1 <= reply["metrics"]["num-examples"] <= MAX_EXAMPLES
+        assert math.isfinite(reply["metrics"]["train_loss"])
+        assert reply["arrays"].keys() == MODEL.keys()
+        for name, tensor in reply["arrays"].to_torch_state_dict().items():
+            assert tensor.isfinite().all()
+            assert (tensor.shape, tensor.dtype) == (MODEL[name].shape, MODEL[name].dtype)
+    if row["evaluate_received"] == 2:
+        assert all(row[key] == without[key] for key in FEDERATED)
+    assert [place for place in opted_in if place != LIAR] == opted_in_without
+    if LIAR in opted_in:
+        assert lies[MessageType.QUERY]["config"]["opt-in"] is True
+    for line in lines:
+        assert line.isprintable()
+        assert len(line) < 600
+    if isinstance(lies[MessageType.TRAIN], Error):
+        return "an error"
+    if row["train_received"] == 3:
+        return "used"
+    return next((kind for kind in ("array '", "train_loss is", "num-examples is") if kind in lines[0]), "other")
+
+
+def test_no_lie_ends_a_round_or_spoils_its_figures():
+    seen: Counter[str] = Counter()
+
+    @settings(
+        max_examples=int(os.environ.get("EXAMPLES", "500")),
+        deadline=None,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example],
+    )
+    @given(LIES)
+    def lie(lies):
+        seen[check(lies)] += 1
+
+    lie()
+    # The lies are of all kinds: none of them is only an empty reply.
+    assert all(seen[kind] >= 3 for kind in ("an error", "used", "array '", "train_loss is", "num-examples is")), seen
+
+
+def test_a_row_with_the_largest_figures_allowed_is_json(grid):
+    def claims(msg, context):
+        if msg.metadata.message_type == MessageType.TRAIN:
+            arrays = {name: torch.full_like(t, 2**53 if name == "n" else 1e38) for name, t in MODEL.items()}
+            arrays["d"] = torch.full_like(MODEL["d"], 1e100)
+            metrics = MetricRecord({"train_loss": 1e100, "num-examples": MAX_EXAMPLES})
+            return Message(RecordDict({"arrays": ArrayRecord(arrays), "metrics": metrics}), reply_to=msg)
+        metrics = MetricRecord({"eval_loss": -1e100, "eval_acc": 1.0, "num-examples": MAX_EXAMPLES})
+        return Message(RecordDict({"metrics": metrics}), reply_to=msg)
+
+    grid.client_app = claims
+    grid.handlers = {0: honest}
+    mailbox = Mailbox(grid)
+    batch, model, loss = train(mailbox, connected_nodes(grid), MODEL, INSTRUCTIONS, CONFIG)
+    assert batch.received == 3
+    assert all(tensor.double().isfinite().all() for tensor in model.values())
+    _, row = evaluate(mailbox, connected_nodes(grid), MODEL, INSTRUCTIONS, CONFIG)
+    assert row["evaluate_received"] == 3
+    json.dumps(utils.new_row(1) | row | {"train_loss": loss}, allow_nan=False)
