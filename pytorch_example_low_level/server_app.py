@@ -48,9 +48,9 @@ def main(grid: Grid, context: Context) -> None:
         state, mailbox, stopwatch = recorder.state, Mailbox(grid), utils.Stopwatch()
         if state.server_round < 0:  # a new run: round 0 is the initial model
             recorder.commit(utils.new_row(0) | evaluate_centrally(net, state.model, test_split, device))
-
         first_round = state.server_round + 1
-        for server_round in range(first_round, config.num_server_rounds + 1):
+
+        for server_round in range(state.server_round + 1, config.num_server_rounds + 1):
             log.info("")
             log.info("🔄 Starting round %s/%s", server_round, config.num_server_rounds)
             stopwatch.start()
