@@ -48,8 +48,8 @@ def main(grid: Grid, context: Context) -> None:
         state, mailbox, stopwatch = recorder.state, Mailbox(grid), utils.Stopwatch()
         if state.server_round < 0:  # a new run: round 0 is the initial model
             recorder.commit(utils.new_row(0) | evaluate_centrally(net, state.model, test_split, device))
-        first_round = state.server_round + 1
 
+        nodes: list[Node] = []
         for server_round in range(state.server_round + 1, config.num_server_rounds + 1):
             log.info("")
             log.info("🔄 Starting round %s/%s", server_round, config.num_server_rounds)
@@ -60,7 +60,7 @@ def main(grid: Grid, context: Context) -> None:
 
             # --- 0. Nodes: wait for them, and sample the cohort that trains in this round
             before = state.results[-1]["nodes_available"]
-            nodes = wait_for_nodes(grid, config, before, resumed=server_round == first_round)
+            nodes = wait_for_nodes(grid, config, before, resumed=not nodes)
             cohort = sample_cohort(nodes, config, server_round)
             log.info("Sampled %s out of %s nodes.", len(cohort), len(nodes))
             row |= {"nodes_available": len(nodes), "train_sampled": len(cohort), "seconds_nodes": stopwatch.lap()}
