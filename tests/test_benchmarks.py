@@ -120,6 +120,7 @@ def run_main(module, monkeypatch, *arguments: str) -> None:
 @pytest.mark.parametrize("command", commands("benchmarks.convergence"), ids=" ".join)
 def test_convergence_writes_tables_plot_and_json(command, superlink, short_sleeps, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(convergence, "LocalSuperLink", superlink)
+    command = [argument for argument in command if argument != "--in-process"]
     out = tmp_path / "made" / "run"
     run_main(convergence, monkeypatch, *command, "--seeds", "2", "--jobs", "1", "--out", str(out))
     variants = max(1, command.count("--vary"))
@@ -131,6 +132,13 @@ def test_convergence_writes_tables_plot_and_json(command, superlink, short_sleep
     assert f"{2 * variants}/{2 * variants} " in shown
     assert all(convergence.table(list(runs.values())) in shown for runs in written["runs"].values())
     assert out.with_name("run.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_in_process_is_the_run_of_the_app(app):
+    settings = {key: value for key, value in app.config(seed=3).items() if key != "output-dir"}
+    ours = convergence.run_in_process(NODES, settings)
+    theirs = results(app.run(seed=3))
+    assert [{key: row[key] for key in theirs[0]} for row in ours] == theirs
 
 
 def test_convergence_goes_on_where_it_was_interrupted(superlink, short_sleeps, monkeypatch, tmp_path, capsys):

@@ -6,6 +6,7 @@ import random
 import re
 import signal
 import subprocess
+import tempfile
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -16,8 +17,8 @@ import pytest
 import torch
 
 from benchmarks.simulation import LocalSuperLink
-from deploy.cli import BIN, PROJECT, FinishedRun, family
-from tests.conftest import model, results, same_bits
+from deploy.cli import BIN, PROJECT, FinishedRun, family, free_port, start, stop
+from tests.conftest import model, results, same_bits, wait_for
 from tests.wandb_files import wandb_rounds
 
 pytestmark = pytest.mark.e2e
@@ -134,6 +135,41 @@ def test_nodes_that_fail_alike_are_one_line_of_the_log(superlink, settings):
     assert reason in warning
     assert "Nothing was learned" in run.log
     assert len(run.log.splitlines()) < 120  # most of them are the stack of the error that ends the run
+
+
+@pytest.fixture
+def ray_folder():
+    with tempfile.TemporaryDirectory(prefix="ray-") as name:  # Ray's sockets have paths of 107 bytes at most
+        yield name
+
+
+def test_a_ray_cluster_of_two_nodes_gives_the_same_bits(whole, settings, tmp_path, ray_folder):
+    address = f"127.0.0.1:{free_port()}"
+    env = os.environ | {"RAY_TMPDIR": ray_folder}
+    head = [
+        "ray",
+        "start",
+        "--head",
+        "--port",
+        address.split(":")[1],
+        "--num-cpus",
+        "1",
+        "--include-dashboard",
+        "false",
+    ]
+    more = ["ray", "start", "--address", address, "--num-cpus", "1"]
+    nodes = []
+    try:
+        for command in (head, more):
+            nodes.append(start([str(BIN / command[0]), *command[1:], "--block"], tmp_path, env, tmp_path / "ray.log"))
+            wait_for(lambda: (tmp_path / "ray.log").read_text().count("Ray runtime started") == len(nodes))
+        with LocalSuperLink(tmp_path / "flower", {"RAY_ADDRESS": address}) as superlink:
+            run = superlink.run(nodes=6, **settings)
+    finally:
+        for process in reversed(nodes):
+            stop(process)
+    assert run.status == "finished:completed", run.log
+    assert results(run.directory) == results(whole.directory)[:3]
 
 
 # ------------------------------------------------------------------------ Kill, stop, resume
