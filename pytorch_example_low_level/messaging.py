@@ -147,7 +147,9 @@ class Mailbox:
                 for seen in ids if is_last_look else arrived:
                     del waiting[seen]
                 if is_last_look:
-                    self._miss(batch, [i for i in ids if i not in arrived])
+                    missing = [i for i in ids if i not in arrived]
+                    self._late.extend(missing)
+                    self._miss(batch, missing)
                 elif message_id in waiting:  # pause for a tenth of the time since the last reply, within bounds
                     last_arrival = now if arrived else last_arrival
                     pause = min(max((now - last_arrival) / 10, PAUSE[0]), PAUSE[1])
@@ -171,7 +173,7 @@ class Mailbox:
         batch.nodes = {i: node for i, node in nodes.items() if i not in arrived}
         if is_last_look:
             self._miss(batch, list(batch.nodes))
-            batch.nodes = {}
+            self.forget(batch)
         return [(nodes[i], value) for i, value in values.items()]
 
     def forget(self, batch: Batch) -> None:
@@ -216,7 +218,6 @@ class Mailbox:
 
     def _miss(self, batch: Batch, ids: Sequence[str]) -> None:
         """Count nodes without a reply before the deadline. In a QUERY that is no fault."""
-        self._late.extend(ids)
         batch.failed += len(ids)
         for message_id in ids if batch.message_type != MessageType.QUERY else ():
             batch.leave_out(batch.nodes[message_id], f"no reply within {batch.timeout:g} s")

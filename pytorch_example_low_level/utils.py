@@ -229,7 +229,7 @@ def make_directory(config: RunConfig) -> Path:
             (path / "checkpoints").mkdir()
             break
         except OSError as error:
-            if not path.exists():
+            if not isinstance(error, FileExistsError) or not path.is_dir():
                 reason = f"{error.strerror}; allowed: a folder that can be written to"
                 raise UserError(f"output-dir: cannot make {path}: {reason}") from error
     return path

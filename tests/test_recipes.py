@@ -17,6 +17,8 @@ from tests.conftest import same_bits
 from tests.grid import InProcessGrid
 from tests.recipes import BLOCK, TEXT, PacedGrid, apply, blocks, changed_app, run
 
+pytestmark = pytest.mark.e2e
+
 TINY = {
     "partitioner": "iid",
     "num-server-rounds": 2,
