@@ -79,7 +79,7 @@ def main() -> None:
     if missing:
         with contextlib.ExitStack() as stack:
             if args.in_process:
-                pool = stack.enter_context(ProcessPoolExecutor(args.jobs, get_context("spawn")))
+                pool = stack.enter_context(ProcessPoolExecutor(args.jobs, get_context("spawn"), quiet_worker))
             else:
                 home = stack.enter_context(tempfile.TemporaryDirectory())
                 superlink = stack.enter_context(LocalSuperLink(Path(home)))
@@ -105,10 +105,14 @@ def main() -> None:
     plot(wanted, args.out.with_name(f"{args.out.name}.png"))
 
 
-def run_in_process(nodes: int, settings: dict[str, Any]) -> Rows:
-    """Do one run on the in-process Grid of the tests; return the rows of its results.json."""
+def quiet_worker() -> None:
+    """Prepare a process for runs: one thread, so that two share the cores, and no log."""
     torch.set_num_threads(1)
     logging.getLogger("flwr").setLevel(logging.WARNING)
+
+
+def run_in_process(nodes: int, settings: dict[str, Any]) -> Rows:
+    """Do one run on the in-process Grid of the tests; return the rows of its results.json."""
     with tempfile.TemporaryDirectory() as outputs:
         config = run_config() | {"output-dir": outputs} | settings
         server_app.main(InProcessGrid(client_app.app, config, nodes), make_context(config))
