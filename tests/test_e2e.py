@@ -56,7 +56,7 @@ FILES = {
 
 
 ACTIONS = ["SIGKILL"] * int(os.environ.get("KILLS", "1")) + ["SIGTERM", "flwr stop"]
-ROUNDS = 2 * len(ACTIONS) + 10  # two at most for each signal; `flwr stop` itself takes a few
+ROUNDS = 2 * len(ACTIONS) + 40  # two at most for each signal; `flwr stop` and the stream of the log take more
 
 
 def side_by_side(superlink: LocalSuperLink, *runs: dict) -> list[FinishedRun]:
