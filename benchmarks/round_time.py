@@ -219,7 +219,7 @@ SCALE = ((50, 50), (200, 200), (1000, 100), (1000, 200), (5000, 200), (10_000, 2
 def cohorts(setting: Setting, rounds: int) -> list[list[tuple[str, int]]]:
     """Return the pieces of work of each round of the app, the large ones first."""
     config = setting.config()
-    nodes = [Node(partition) for partition in range(setting.nodes)]
+    nodes = [Node(partition, "") for partition in range(setting.nodes)]
 
     def opts_in(server_round: int, partition: int) -> bool:
         _delay, chance = random_stream(config.seed, Purpose.QUERY, server_round, partition).random(2)
@@ -247,12 +247,13 @@ def floor_worker(mine: Any, shared: Any, done: Any, setting: Setting) -> None:
 
     def split(part: str, number: int) -> task.Split:
         if part == "test":
-            return test_split.rows(quarters[number])
+            rows = quarters[number]
+            return task.Split(test_split.images[rows], test_split.labels[rows], test_split.class_names)
         how = (config.dataset, config.partitioner, config.dirichlet_alpha, config.seed)
         return task.load_partition(number, setting.nodes, *how)[part]
 
     def model() -> nn.Module:
-        net = task.make_model(test_split.in_channels, classes)
+        net = task.make_model(test_split.images.shape[1], classes)
         if setting.width != 128:
             net.fc1, net.fc2 = nn.Linear(32 * 4 * 4, setting.width), nn.Linear(setting.width, classes)
         return net

@@ -119,12 +119,13 @@ def check_deadline(msg: Message) -> None:
 
 def received_model(msg: Message, data: task.Split) -> nn.Module:
     """Return the server's model. Raises DataError when it is not one for this node's images."""
-    net = task.make_model(data.in_channels, len(data.class_names))
+    in_channels = data.images.shape[1]
+    net = task.make_model(in_channels, len(data.class_names))
     try:
         net.load_state_dict(msg.content.array_records["arrays"].to_torch_state_dict())
     except RuntimeError as error:
         raise task.DataError(
-            f"the server's model does not fit this node's images, which have {data.in_channels} channels and "
+            f"the server's model does not fit this node's images, which have {in_channels} channels and "
             f"{len(data.class_names)} classes: {error}"
         ) from error
     return net

@@ -38,14 +38,14 @@ def main(grid: Grid, context: Context) -> None:
     utils.log_environment()
     device = task.pick_device(config.server_device)
     test_split = task.load_test_split(config.dataset)
-    net = task.initial_model(test_split.in_channels, len(test_split.class_names), config.seed)
+    net = task.initial_model(test_split.images.shape[1], len(test_split.class_names), config.seed)
     if config.initial_model and not config.resume_from:
         utils.load_model(config.initial_model, net)
 
     with utils.open_run(
         config, context.run_id, net, test_split.images, test_split.labels, test_split.class_names
     ) as recorder:
-        state, mailbox, stopwatch = recorder.state, Mailbox(grid), utils.Stopwatch()
+        state, mailbox = recorder.state, Mailbox(grid)
         if state.server_round < 0:  # a new run: round 0 is the initial model
             recorder.commit(utils.new_row(0) | evaluate_centrally(net, state.model, test_split, device))
 
@@ -53,7 +53,7 @@ def main(grid: Grid, context: Context) -> None:
         for server_round in range(state.server_round + 1, config.num_server_rounds + 1):
             log.info("")
             log.info("🔄 Starting round %s/%s", server_round, config.num_server_rounds)
-            stopwatch.start()
+            stopwatch = utils.Stopwatch()
             lr = utils.learning_rate(config, server_round)
             row = utils.new_row(server_round, lr)
             accuracies: list[float] = []
@@ -96,7 +96,7 @@ def main(grid: Grid, context: Context) -> None:
             # --- 6. Record: from here on, the round survives a crash
             row["seconds_total"] = stopwatch.total()
             recorder.commit(row, accuracies)
-            log.info("⏱️ %s", stopwatch.summary(row, rounds_left=config.num_server_rounds - server_round))
+            log.info("⏱️ %s", utils.time_summary(state.results, rounds_left=config.num_server_rounds - server_round))
 
         recorder.finish()
 

@@ -1,11 +1,7 @@
-"""Model, data, training and testing: PyTorch and data sets, nothing of Flower's messages.
-
-Images are decoded once and kept as `uint8` tensors, which become floats a batch at a time.
-"""
+"""Model, data, training and testing: PyTorch and data sets, nothing of Flower's messages."""
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -14,6 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from importlib.util import find_spec
 from logging import getLogger
+from math import ceil, inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -87,10 +84,7 @@ def initial_model(in_channels: int, num_classes: int, seed: int) -> nn.Module:
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """Return the device called `name`; "auto" is the first of CUDA, MPS and CPU that is there.
-
-    Raises UserError when PyTorch does not have it on this machine.
-    """
+    """Return the device called `name`; "auto": CUDA, MPS or CPU. Raises UserError when it is not on this machine."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -106,7 +100,7 @@ def pick_device(name: str = "auto") -> torch.device:
 
 @dataclass(frozen=True)
 class Split:
-    """Decoded images (N, C, H, W) as uint8, their labels (N,) as int64, and the names of the classes."""
+    """Decoded images (N, C, H, W) as uint8, C = 1 or 3, their labels (N,) as int64, and the names of the classes."""
 
     images: Tensor
     labels: Tensor
@@ -116,26 +110,13 @@ class Split:
         """Return N."""
         return len(self.labels)
 
-    @property
-    def in_channels(self) -> int:
-        """1 for grey, 3 for RGB images."""
-        return self.images.shape[1]
-
-    def rows(self, index: np.ndarray) -> Split:
-        """Return a copy of some of the rows."""
-        chosen = torch.from_numpy(index)
-        return Split(self.images[chosen], self.labels[chosen], self.class_names)
-
     def numbered_as(self, class_names: Sequence[str]) -> Split:
-        """Return the split with its labels numbered as in `class_names`, of which it may lack some.
-
-        Raises DataError when it has a class that is not among them.
-        """
+        """Return the split with its labels numbered as in `class_names`. Raises DataError when one is not there."""
         unknown = [name for name in self.class_names if name not in class_names]
         if unknown:
             raise DataError(
                 f"this node's classes are {list(self.class_names)}, and the server's are {list(class_names)}: "
-                f"{unknown} is not among them. Give the node's label column the server's names: "
+                f"{unknown} is not among them. Use its names: "
                 "rows.cast_column('label', datasets.ClassLabel(names=[...]))"
             )
         numbers = torch.tensor([list(class_names).index(name) for name in self.class_names])
@@ -146,10 +127,9 @@ class Split:
 def load_partition(
     partition_id: int, num_partitions: int, dataset: str, partitioner: str, alpha: float, seed: int
 ) -> dict[str, Split]:
-    """Load the "train" (80 %) and the "validation" (20 %) part of one partition of a data set.
+    """Load the "train" (80 %) and the "validation" (20 %) part of one partition of a data set. Raises DataError.
 
-    A process keeps the 256 partitions that it used last: at most about one copy of the training
-    images. Raises DataError when the data set cannot be loaded, or cannot be split that often.
+    A process keeps the 256 partitions that it used last: at most about one copy of the training images.
     """
     with _explained(f"dataset {dataset!r} for {num_partitions} nodes"):
         rows = partitions(dataset, partitioner, num_partitions, alpha, seed).load_partition(partition_id)
@@ -195,8 +175,7 @@ def partitions(
         dealt: Partitioner = IidPartitioner(num_partitions)
         rows = rows.shuffle(seed=seed)
     else:
-        # Label skew after Yurochkin et al. 2019, "Bayesian Nonparametric Federated Learning of
-        # Neural Networks" (arXiv:1905.12022).
+        # Label skew after Yurochkin et al. 2019 (arXiv:1905.12022).
         dealt = DirichletPartitioner(
             num_partitions, partition_by="label", alpha=alpha, min_partition_size=MIN_PARTITION, seed=seed
         )
@@ -208,7 +187,8 @@ def _train_and_validation(data: Split, seed: int, partition_id: int) -> dict[str
     """Split a node's images at random, but always in the same way."""
     order = random_stream(seed, Purpose.SPLIT, partition=partition_id).permutation(len(data))
     cut = int(len(data) * VALIDATION_SHARE)
-    return {"train": data.rows(order[cut:]), "validation": data.rows(order[:cut])}
+    parts = {"train": order[cut:], "validation": order[:cut]}
+    return {part: Split(data.images[rows], data.labels[rows], data.class_names) for part, rows in parts.items()}
 
 
 def _load(dataset: str) -> datasets.DatasetDict:
@@ -216,24 +196,21 @@ def _load(dataset: str) -> datasets.DatasetDict:
     import datasets
 
     datasets.disable_progress_bars()
-    path = Path(dataset).expanduser()
     if dataset == BUNDLED:
         spec = find_spec("fashion_mnist_sample")  # from Flower's hub it comes without the images
         if spec and spec.origin and Path(spec.origin).with_name("data").is_dir():
-            splits = datasets.load_dataset(str(Path(spec.origin).parent))
+            dataset = str(Path(spec.origin).parent)
         else:
             log.info("The bundled images are not installed; taking %s from the Hugging Face Hub", ON_THE_HUB)
-            splits = datasets.load_dataset(ON_THE_HUB)
-    elif (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+            dataset = ON_THE_HUB
+    path = Path(dataset).expanduser()
+    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         splits = datasets.load_from_disk(path)  # a folder of `save_to_disk`
-    elif path.is_dir():
-        splits = datasets.load_dataset(str(path.resolve()))
-    elif dataset.startswith(("/", ".", "~")):
+    elif dataset.startswith(("/", ".", "~")) and not path.is_dir():
         raise DataError(f"there is no folder {path.absolute()}")
     else:
-        splits = datasets.load_dataset(dataset)
-    splits = splits if isinstance(splits, datasets.DatasetDict) else datasets.DatasetDict(train=splits)
-    return _canonical(splits)
+        splits = datasets.load_dataset(str(path.resolve()) if path.is_dir() else dataset)
+    return _canonical(splits if isinstance(splits, datasets.DatasetDict) else datasets.DatasetDict(train=splits))
 
 
 def _canonical(splits: datasets.DatasetDict) -> datasets.DatasetDict:
@@ -241,40 +218,38 @@ def _canonical(splits: datasets.DatasetDict) -> datasets.DatasetDict:
     import datasets
 
     features = next(iter(splits.values())).features
-    image = next((k for k, f in features.items() if isinstance(f, datasets.Image)), None)
-    if image is None:
+    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    labels = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    others = [name for name in features if name not in images[:1]]
+    if not images:
         raise DataError(
             f"no column of type Image; the columns are {dict(features)}. Where a column holds images as bytes or "
             "paths: rows.cast_column('that column', datasets.Image())"
         )
-    label = next((k for k, f in features.items() if isinstance(f, datasets.ClassLabel)), None)
-    if label is None:
-        others = [k for k in features if k != image]
+    if not labels:
         lone = len(others) == 1 and isinstance(features[others[0]], datasets.Value)
-        values = [set(rows.unique(others[0])) for rows in splits.values() if lone]
-        if not lone or any(value != values[0] for value in values):
+        if not lone or len({frozenset(rows.unique(others[0])) for rows in splits.values()}) > 1:
             raise DataError(
                 f"no column of type ClassLabel; the columns are {dict(features)}. Make one, in all splits alike: "
-                f"rows.class_encode_column({others[0] if others else 'label'!r}) or "
+                f"rows.class_encode_column({[*others, 'label'][0]!r}) or "
                 "rows.cast_column('label', datasets.ClassLabel(names=[...]))"
             )
-        label = others[0]
-        splits = splits.class_encode_column(label)
-    splits = splits.select_columns([image, label])
-    return splits.rename_columns({old: new for old, new in ((image, "image"), (label, "label")) if old != new})
+        labels, splits = others, splits.class_encode_column(others[0])
+    splits = splits.select_columns([images[0], labels[0]])
+    return splits.rename_columns({o: n for o, n in ((images[0], "image"), (labels[0], "label")) if o != n})
 
 
 def _decode(rows: datasets.Dataset, *, in_memory: bool = False) -> datasets.Dataset:
-    """Replace the column "image" by "pixels": the bytes (H, W, C) of the decoded image.
+    """Replace the column "image" by "pixels", the bytes (H, W, C); Hugging Face's cache keeps the result.
 
-    Images become RGB unless the first hundred are grey, and 32x32 unless the first is 28x28. All
-    processes and later runs share the result through Hugging Face's cache.
+    Images become RGB unless the first hundred are grey, and 32x32 unless the first is 28x28.
     """
-    first = rows.with_format(None)[:100]["image"]
+    rows = rows.with_format(None)
+    first = rows[:100]["image"]
     in_channels = 1 if all(image.mode in ("1", "L") for image in first) else 3
     size = 28 if first and first[0].size == (28, 28) else 32
     to_bytes = partial(_decode_batch, in_channels=in_channels, size=size)
-    decoded = rows.with_format(None).map(to_bytes, batched=True, remove_columns=["image"], keep_in_memory=in_memory)
+    decoded = rows.map(to_bytes, batched=True, remove_columns=["image"], keep_in_memory=in_memory)
     return decoded.with_format("arrow")  # forty times as fast as Python lists
 
 
@@ -326,14 +301,7 @@ def _explained(what: str) -> Iterator[None]:
 
 
 def train(
-    net: nn.Module,
-    data: Split,
-    config: RunConfig,
-    *,
-    lr: float,
-    seed: int,
-    device: torch.device,
-    deadline: float = math.inf,
+    net: nn.Module, data: Split, config: RunConfig, *, lr: float, seed: int, device: torch.device, deadline: float = inf
 ) -> float:
     """Train `net` in place with SGD; return the mean training loss over all examples and epochs.
 
@@ -362,7 +330,7 @@ def train(
         for _ in range(config.local_epochs):
             order = torch.randperm(len(data), generator=generator).to(device)
             # Batches of nearly equal size: BatchNorm cannot train on a last batch of one image.
-            for rows in order.tensor_split(math.ceil(len(data) / config.batch_size)):
+            for rows in order.tensor_split(ceil(len(data) / config.batch_size)):
                 if time.time() > deadline:
                     raise TimeoutError("the deadline passed during training")
                 batch = random_crop_and_flip(images[rows], generator) if config.augment else images[rows]
@@ -385,10 +353,10 @@ class Evaluation(NamedTuple):
 
 @torch.no_grad()
 def test(net: nn.Module, data: Split, device: torch.device, batch_size: int = 500) -> Evaluation:
-    """Evaluate `net` on `data`; the means are exact, whatever the batch size.
+    """Evaluate `net` on `data`; the means are exact, whatever the batch size. Raises DataError without images.
 
-    The server chooses the best checkpoint by the accuracy on the test split, so that of the best
-    round is a little too high for new images. Quote the last round's. Raises DataError without images.
+    The best checkpoint is chosen by its accuracy on the test split, so that figure is a little too
+    high for new images. Quote the last round's.
     """
     if not len(data):
         raise DataError("the split to evaluate on is empty")
@@ -409,9 +377,8 @@ def test(net: nn.Module, data: Split, device: torch.device, batch_size: int = 50
 def normalise(images: Tensor) -> Tensor:
     """Turn uint8 images (N, C, H, W) into floats, each image with mean 0 and variance 1.
 
-    No node knows the mean of the whole data set. An image of one colour becomes 0. The memory format
-    channels_last makes convolutions on a CPU about twice as fast:
-    https://docs.pytorch.org/tutorials/intermediate/memory_format_tutorial.html
+    No node knows the mean of the whole data set. The memory format channels_last makes convolutions on
+    a CPU about twice as fast: https://docs.pytorch.org/tutorials/intermediate/memory_format_tutorial.html
     """
     floats = images.to(torch.float32, memory_format=torch.channels_last)
     floats.sub_(floats.mean((1, 2, 3), keepdim=True))
@@ -420,10 +387,7 @@ def normalise(images: Tensor) -> Tensor:
 
 
 def random_crop_and_flip(images: Tensor, generator: torch.Generator, padding: int = 4) -> Tensor:
-    """Shift each image (N, C, H, W) by up to `padding` pixels, and mirror half of them.
-
-    What is shifted in is black. One gather moves the whole batch.
-    """
+    """Shift each image (N, C, H, W) by up to `padding` pixels, filling with black, and mirror half of them."""
     n, _, height, width = images.shape
     shift = torch.randint(0, 2 * padding + 1, (2, n, 1), generator=generator)
     flip = torch.randint(0, 2, (n, 1), generator=generator).bool()

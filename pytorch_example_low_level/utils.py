@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import platform
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ from importlib.metadata import version
 from itertools import count
 from logging import getLogger
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 import numpy as np
 import torch
@@ -34,9 +33,12 @@ if TYPE_CHECKING:
     import wandb
     from matplotlib.figure import Figure
 
+T = TypeVar("T")
 Row = dict[str, Any]  # one round in results.json
 
 PLOT_EVERY = 30  # seconds between two drawings while a run goes on
+PLOT_FAILED = "The plot cannot be drawn"
+WANDB_FAILED = "📈 W&B has failed, and the run goes on without it"
 
 # What results.json says of a round, in this order; what a round does not have is None.
 RESULT_KEYS = (
@@ -68,32 +70,28 @@ def learning_rate(config: RunConfig, server_round: int) -> float:
 
 
 class Stopwatch:
-    """Measures the phases of a round, and estimates how long the remaining rounds take."""
+    """Measures a round and its phases, in seconds."""
 
     def __init__(self) -> None:
-        self._rounds: list[float] = []
-
-    def start(self) -> None:
-        """Begin a round."""
-        self._started = self._lap = time.monotonic()
+        self.started = self.last_lap = time.monotonic()
 
     def lap(self) -> float:
-        """Return the seconds since the last lap of this round."""
-        last, self._lap = self._lap, time.monotonic()
-        return round(self._lap - last, 3)
+        """Return the seconds since the last lap."""
+        before, self.last_lap = self.last_lap, time.monotonic()
+        return round(self.last_lap - before, 3)
 
     def total(self) -> float:
-        """End the round; return its seconds."""
-        self._rounds.append(time.monotonic() - self._started)
-        return round(self._rounds[-1], 3)
+        """Return the seconds since the beginning of the round."""
+        return round(time.monotonic() - self.started, 3)
 
-    def summary(self, row: Row, rounds_left: int) -> str:
-        """Return how long the round took, and how long the rest takes at the median pace so far."""
-        names = ("nodes", "train", "central", "query", "evaluate")
-        seconds = {name: row[f"seconds_{name}"] for name in names}
-        phases = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items() if value is not None)
-        left = timedelta(seconds=round(float(np.median(self._rounds)) * rounds_left))
-        return f"Round took {row['seconds_total']:.1f} s ({phases}); about {left} left"
+
+def time_summary(results: Sequence[Row], rounds_left: int) -> str:
+    """Return how long the last round took, and how long the rest takes at the median pace so far."""
+    phases = [key for key in RESULT_KEYS if key.startswith("seconds") and results[-1][key] is not None]
+    *parts, total = [f"{key.removeprefix('seconds_')} {results[-1][key]:.1f}" for key in phases]
+    pace = np.median([row["seconds_total"] for row in results if row["seconds_total"] is not None])
+    left = timedelta(seconds=round(float(pace) * rounds_left))
+    return f"Round took {total.removeprefix('total ')} s ({', '.join(parts)}); about {left} left"
 
 
 @dataclass
@@ -161,14 +159,11 @@ def replace_json(path: Path, value: object) -> None:
 
 
 def load_checkpoint(path: Path) -> Any:  # noqa: ANN401
-    """Load a checkpoint; data only, never code. Raises UserError when it is not one."""
+    """Load a file of torch.save; data only, never code. Raises UserError when that fails."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise UserError(f"There is no checkpoint {path}.") from error
-    except Exception as error:
-        reason = first_line(error)
-        raise UserError(f"{path} is not a checkpoint of this app, or holds more than data: {reason}") from error
+    except Exception as error:  # of another class for each fault
+        raise UserError(f"{path} is not a checkpoint, or holds more than data: {first_line(error)}") from error
 
 
 def load_model(name: str, net: nn.Module) -> None:
@@ -201,14 +196,14 @@ def open_run(
     identity["test data"] = hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()[:16]
 
     directory = Path(config.resume_from).expanduser().absolute() if config.resume_from else make_directory(config)
-    with locked(directory, run_id):
+    with locked(directory):
         state = load_state(directory, identity) if config.resume_from else ServerState(model)
         text = f"📂 Resuming after round {state.server_round}: %s" if config.resume_from else "📂 Run directory: %s"
         log.info(text, directory)
         versions = {name: version(name) for name in ("flwr", "flwr-datasets", "torch", "numpy")}
         versions |= {"app": __version__, "python": platform.python_version()}
-        data = {"class-names": list(class_names), "image-shape": list(images.shape[1:])}
-        replace_json(directory / "run_config.json", config.to_dict() | data | {"versions": versions})
+        about = {"class-names": list(class_names), "image-shape": list(images.shape[1:]), "versions": versions}
+        replace_json(directory / "run_config.json", config.to_dict() | about | {"run-id": str(run_id)})
         recorder = Recorder(directory, config, state, identity, class_names)
         try:
             recorder.start()
@@ -224,36 +219,35 @@ def make_directory(config: RunConfig) -> Path:
     for attempt in count(1):  # another run may have begun in the same second
         path = base if attempt == 1 else base.with_name(f"{base.name}-{attempt}")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.mkdir()
+            path.mkdir(parents=True)
             (path / "checkpoints").mkdir()
             break
+        except FileExistsError:
+            continue
         except OSError as error:
-            if not isinstance(error, FileExistsError) or not path.is_dir():
-                reason = f"{error.strerror}; allowed: a folder that can be written to"
-                raise UserError(f"output-dir: cannot make {path}: {reason}") from error
+            reason = f"{error.strerror}; allowed: a folder that can be written to"
+            raise UserError(f"output-dir: cannot make {path}: {reason}") from error
     return path
 
 
 @contextmanager
-def locked(directory: Path, run_id: int) -> Iterator[None]:
+def locked(directory: Path) -> Iterator[None]:
     """Keep the directory for this run. Raises UserError when another run has it.
 
     The operating system releases the lock when the process ends, however it ends.
     """
     if not directory.is_dir():
         raise UserError(f"resume-from: there is no directory {directory}; allowed: the directory of a run")
-    lock, holder = FileLock(directory / ".lock"), directory / ".holder"
+    lock = FileLock(directory / ".lock")
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        other = holder.read_text() if holder.exists() else "another run"
-        raise UserError(f"resume-from: {directory} is in use by {other}") from error
+        run_id = json.loads((directory / "run_config.json").read_text())["run-id"]
+        text = f"resume-from: {directory} is in use by run {run_id}. To stop it: flwr stop {run_id}"
+        raise UserError(text) from error
     except (NotImplementedError, OSError) as error:
         log.warning("This file system has no locks (%s): make sure that no other run uses %s.", error, directory)
     try:
-        stop = f"run {run_id} (process {os.getpid()} on {socket.gethostname()}). To stop it: flwr stop {run_id}"
-        replace_file(holder, lambda file: file.write(stop.encode()))
         yield
     finally:
         lock.release()
@@ -292,17 +286,16 @@ class Recorder:
     class_names: Sequence[str]
     wandb_run: wandb.Run | None = None
     finished: bool = False
-    _drawn_at: float = field(default_factory=time.monotonic)
+    drawn_at: float = field(default_factory=time.monotonic)
 
     def start(self) -> None:
         """Bring the files of a resumed run up to its checkpoint; open W&B."""
         if self.state.server_round >= 0:
             self.write_results()
         if self.config.use_wandb:
-            with self.going_on_without_wandb():
-                self.wandb_run = start_wandb(self.config, self.directory, self.state)
-                for row in self.state.results:  # a crash may have kept the last ones from W&B
-                    log_to_wandb(self.wandb_run, row, (), self.class_names)
+            self.wandb_run = attempt(WANDB_FAILED, start_wandb, self.config, self.directory, self.state)
+        for row in self.state.results:  # a crash may have kept the last ones from W&B
+            self.log(row)
 
     def commit(self, row: Row, accuracies: Sequence[float] = ()) -> None:
         """Commit a round: `row` is its line in results.json, `accuracies` are those of the nodes."""
@@ -312,11 +305,9 @@ class Recorder:
         checkpoint = {"identity": dict(self.identity), "state": vars(self.state)}
         replace_file(self.directory / "checkpoints" / "last.pt", lambda file: torch.save(checkpoint, file))
         self.write_results()
-        with self.going_on_without_wandb():
-            if self.wandb_run is not None:
-                log_to_wandb(self.wandb_run, row, accuracies, self.class_names)
-        if time.monotonic() - self._drawn_at > PLOT_EVERY:  # drawing takes 0.3 s
-            self.draw()
+        self.log(row, accuracies)
+        if time.monotonic() - self.drawn_at > PLOT_EVERY:  # drawing takes 0.3 s
+            attempt(PLOT_FAILED, self.draw)
 
     def write_results(self) -> None:
         """Write results.json, and then the best model, which so is always of a round in results.json."""
@@ -325,14 +316,16 @@ class Recorder:
             best = self.directory / "checkpoints" / "best.pt"
             replace_file(best, lambda file: torch.save(self.state.model, file))
 
+    def log(self, row: Row, accuracies: Sequence[float] = ()) -> None:
+        """Log a round to W&B."""
+        if self.wandb_run is not None:
+            self.wandb_run = attempt(WANDB_FAILED, log_to_wandb, self.wandb_run, row, accuracies, self.class_names)
+
     def draw(self) -> None:
-        """Draw the plot. A failure is logged, and never ends a run."""
-        self._drawn_at = time.monotonic()
-        try:
-            figure = plot_results(self.state.results, self.class_names)
-            replace_file(self.directory / "metrics.png", lambda file: figure.savefig(file, format="png", dpi=120))
-        except Exception as error:
-            log.warning("The plot cannot be drawn: %s", first_line(error))
+        """Draw the plot."""
+        self.drawn_at = time.monotonic()
+        figure = plot_results(self.state.results, self.class_names)
+        replace_file(self.directory / "metrics.png", lambda file: figure.savefig(file, format="png", dpi=120))
 
     def finish(self) -> None:
         """Write the final model. Raises UserError when no round had a usable TRAIN reply."""
@@ -345,19 +338,18 @@ class Recorder:
 
     def close(self) -> None:
         """Draw the plot and close W&B, however the run ended."""
-        self.draw()
-        with self.going_on_without_wandb():
-            if self.wandb_run is not None:
-                finish_wandb(self.wandb_run, self.directory, self.state, exit_code=0 if self.finished else 1)
+        attempt(PLOT_FAILED, self.draw)
+        if self.wandb_run is not None:
+            attempt(WANDB_FAILED, finish_wandb, self.wandb_run, self.directory, self.state, int(not self.finished))
 
-    @contextmanager
-    def going_on_without_wandb(self) -> Iterator[None]:
-        """Let no failure of W&B stop a run: its process may be killed, its disk be full."""
-        try:
-            yield
-        except Exception as error:
-            log.warning("📈 W&B has failed, and the run goes on without it: %s", first_line(error))
-            self.wandb_run = None
+
+def attempt(failed: str, function: Callable[..., T], *arguments: Any) -> T | None:  # noqa: ANN401
+    """Call a function that must not end a run: W&B's process may be killed, a disk be full. None: it failed."""
+    try:
+        return function(*arguments)
+    except Exception as error:
+        log.warning("%s: %s", failed, first_line(error))
+        return None
 
 
 def plot_results(results: Sequence[Row], class_names: Sequence[str]) -> Figure:
@@ -409,11 +401,10 @@ def start_wandb(config: RunConfig, directory: Path, state: ServerState) -> wandb
     """
     import wandb
 
-    # Flower reads this process's output, so W&B must leave it alone.
-    settings = wandb.Settings(init_timeout=20, console="off", silent=True)
-    tags = ["flower", "low-level-api", config.partitioner]
     options: dict[str, Any] = {"project": config.wandb_project, "dir": directory, "config": config.to_dict()}
-    options |= {"id": state.wandb_id or None, "resume": "allow", "tags": tags, "settings": settings}
+    options |= {"id": state.wandb_id or None, "resume": "allow", "tags": ["flower", "low-level-api"]}
+    # Flower reads this process's output, so W&B must leave it alone.
+    options["settings"] = wandb.Settings(init_timeout=20, console="off", silent=True)
     try:
         run = wandb.init(**options)
     except Exception as error:  # no account, no network, no W&B process, ...: classes of many libraries
@@ -426,18 +417,18 @@ def start_wandb(config: RunConfig, directory: Path, state: ServerState) -> wandb
     return run
 
 
-def log_to_wandb(run: wandb.Run, row: Row, accuracies: Sequence[float], class_names: Sequence[str]) -> None:
-    """Log one round as one step, unless W&B has it, with the nodes' accuracies as a histogram."""
+def log_to_wandb(run: wandb.Run, row: Row, accuracies: Sequence[float], class_names: Sequence[str]) -> wandb.Run:
+    """Log one round as one step, unless W&B has it, with the nodes' accuracies as a histogram; return the run."""
     import wandb
 
-    if row["round"] < run.step:
-        return
-    values: dict[str, Any] = {key: value for key, value in row.items() if value is not None}
-    per_class = values.pop("centralized_accuracy_per_class", ())
-    values |= {f"accuracy/{n}": a for n, a in zip(class_names, per_class, strict=False) if a is not None}
+    values = {key: value for key, value in row.items() if value is not None}
+    per_class = zip(class_names, values.pop("centralized_accuracy_per_class", ()), strict=False)
+    values |= {f"accuracy/{name}": accuracy for name, accuracy in per_class if accuracy is not None}
     if accuracies:
         values["client_accuracies"] = wandb.Histogram(accuracies, num_bins=20)
-    run.log(values, step=row["round"], commit=True)
+    if row["round"] >= run.step:
+        run.log(values, step=row["round"], commit=True)
+    return run
 
 
 def finish_wandb(run: wandb.Run, directory: Path, state: ServerState, exit_code: int) -> None:

@@ -34,7 +34,7 @@ def by_round(grid: InProcessGrid, message_type: str) -> dict[int, list[Message]]
 def test_a_run_leaves_the_promised_files_and_figures(app):
     directory = app.run(num_server_rounds=3, lr_decay_every=2, opt_in_probability=1.0)
     files = {str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file()}
-    assert files - {".lock", ".holder"} == {
+    assert files - {".lock"} == {
         "run_config.json", "results.json", "metrics.png", "final_model.pt",
         "checkpoints/best.pt", "checkpoints/last.pt",
     }  # fmt: skip
@@ -63,6 +63,7 @@ def test_a_run_leaves_the_promised_files_and_figures(app):
     assert config.pop("versions").keys() == {"flwr", "flwr-datasets", "torch", "numpy", "app", "python"}
     assert config.pop("class-names") == list(test_split.class_names)
     assert config.pop("image-shape") == [1, 28, 28]
+    assert config.pop("run-id") == "1"
     assert config == app.config(num_server_rounds=3, lr_decay_every=2, opt_in_probability=1.0)
 
 

@@ -138,7 +138,7 @@ def test_two_simulated_nodes_are_told_how_to_be_fifty(caplog, count, simulated, 
 
 
 def nodes(count: int) -> list[Node]:
-    return [Node(1000 + i) for i in range(count)]
+    return [Node(1000 + i, f"node {1000 + i}") for i in range(count)]
 
 
 @pytest.mark.parametrize(

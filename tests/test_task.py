@@ -559,7 +559,7 @@ def test_images_of_varying_size_and_mode_become_32x32_rgb(tmp_path):
     images = [*grey(7, size=(9, 30)), Image.new("RGB", (50, 40), (1, 2, 3)), Image.new("RGBA", (9, 9), (1, 2, 3, 255))]
     data = task.load_test_split(saved(tmp_path, table({"a": IMAGE, "b": LABEL}, {"a": images, "b": [0, 1, 0]})))
     assert data.images.shape == (3, 3, 32, 32)
-    assert data.in_channels == 3
+    assert data.images.shape[1] == 3
     assert data.images[1, :, 16, 16].tolist() == [1, 2, 3]
 
 
@@ -567,7 +567,7 @@ def test_grey_images_of_two_sizes_become_32x32(tmp_path):
     images = [*grey(9, size=(32, 32)), *grey(7), Image.new("1", (64, 64), 1)]
     data = task.load_test_split(saved(tmp_path, table({"a": IMAGE, "b": LABEL}, {"a": images, "b": [0, 1, 0]})))
     assert data.images.shape == (3, 1, 32, 32)
-    assert data.in_channels == 1
+    assert data.images.shape[1] == 1
     assert [image.unique().tolist() for image in data.images] == [[9], [7], [255]]
 
 
