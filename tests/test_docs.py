@@ -291,6 +291,7 @@ FLOWER = ["flower-superlink", "flower-supernode", "flwr run", "flwr supernode re
 FLOWER += ["flwr ls", "flwr log", "flwr stop"]
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("command", FLOWER)
 def test_flowers_commands_have_these_options(command):
     program, *rest = command.split()

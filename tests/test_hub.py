@@ -17,6 +17,8 @@ import pytest
 from deploy.cli import BIN
 from tests.grid import PROJECT
 
+pytestmark = pytest.mark.e2e
+
 SUFFIXES = {".py", ".toml", ".md", ".yaml", ".yml", ".json", ".jsonl"}
 MEGABYTE = 1024 * 1024
 

@@ -277,11 +277,13 @@ def other(tiny_dataset, tmp_path_factory):
         process.communicate()
 
 
+@pytest.mark.e2e
 def test_what_takes_long_to_import_and_is_not_needed_is_not_imported(other):
     """A test split needs neither flwr-datasets nor PyTorch's compiler, and only a run with W&B imports it."""
     assert other[1][:2] == ["early: []", "run: False"]
 
 
+@pytest.mark.e2e
 def test_a_second_run_is_refused_until_the_first_is_killed(app, quick_plot, other):
     first, said = other
     directory = Path(said[2])
