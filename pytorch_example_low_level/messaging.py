@@ -87,7 +87,7 @@ class Batch:
             self.leave_out(node, f"no reply within {self.timeout:g} s")
 
     def log_faults(self) -> str:
-        """Log one warning per reason, which names the nodes; return the first, or ""."""
+        """Log one warning per reason, for all of its nodes together; return the first, or ""."""
         lines = []
         for reason, nodes in self.faults.items():
             names = ", ".join(node.name for node in nodes[:3]) + (", ..." if len(nodes) > 3 else "")
