@@ -1,3 +1,3 @@
-"""A Flower app whose federated-learning round is written by hand, with the low-level API."""
+"""A Flower app with a hand-written federated-learning round, based on the low-level API."""
 
 __version__ = "2.0.0"

@@ -26,10 +26,10 @@ log = getLogger("flwr")
 
 
 def report_errors(msg: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
-    """Answer with an error that says what went wrong on this node, and where, in one line.
+    """Reply to a failed message with one line that says what went wrong on this node, and where.
 
-    Without it the server gets the error wrapped by Flower's engine, and a simulation prints its
-    traceback several times. The node's own log has the traceback with FLWR_LOG_LEVEL=DEBUG.
+    Without this mod, Flower's engine wraps the error, and a simulation prints its traceback
+    several times. With FLWR_LOG_LEVEL=DEBUG, the node's own log has the traceback.
     https://flower.ai/docs/framework/how-to-use-built-in-mods.html
     """
     try:
@@ -37,7 +37,7 @@ def report_errors(msg: Message, context: Context, call_next: Callable[[Message, 
     except Exception as error:
         log.debug("A handler failed", exc_info=True)
         text = " ".join(str(error).split())
-        if not isinstance(error, task.DataError | TimeoutError):  # a fault in the code: say where
+        if not isinstance(error, task.DataError | TimeoutError):  # a bug: say where
             frame = traceback.extract_tb(error.__traceback__)[-1]
             text = f"{type(error).__name__}: {text} ({frame.name} in {frame.filename}, line {frame.lineno})"
         return Message(Error(code=0, reason=text), reply_to=msg)
@@ -55,7 +55,7 @@ def train(msg: Message, context: Context) -> Message:
     net = received_model(msg, data)
     stream = random_stream(config.seed, Purpose.TRAIN, int(number(msg, "server-round")), partition_of(context))
     seed = int(stream.integers(2**63))
-    torch.set_num_threads(1)  # how a sum is split over threads decides its last bits
+    torch.set_num_threads(1)  # the number of threads changes the last bits of a sum
 
     device = task.pick_device()
     train_loss = task.train(net, data, config, lr=number(msg, "lr"), seed=seed, device=device, deadline=deadline(msg))
@@ -82,17 +82,17 @@ def evaluate(msg: Message, context: Context) -> Message:
 
 @app.query()
 def query(msg: Message, context: Context) -> Message:
-    """Say whether this node opts in to the evaluation, after the time a person might take.
+    """Say whether this node opts in to the evaluation, after a random delay.
 
-    A real node would look at its battery, its load or its owner's consent. Here it is random, and
-    the delay makes some nodes miss the deadline.
+    A real node would check its battery, its load or its owner's consent. Here the answer is random,
+    and the delay makes some nodes miss the deadline.
     """
     config = RunConfig.from_context(context)
     stream = random_stream(config.seed, Purpose.QUERY, int(number(msg, "server-round")), partition_of(context))
     delay = stream.random() * number(msg, "max-delay")
     opt_in = bool(stream.random() < config.opt_in_probability)
 
-    # In a simulation a sleeping node blocks a worker, so no node sleeps past the deadline.
+    # In a simulation, a sleeping node blocks a worker, so no node sleeps past the deadline.
     time.sleep(max(0.0, min(delay, deadline(msg) - time.time())))
 
     return Message(RecordDict({"config": ConfigRecord({"opt-in": opt_in})}), reply_to=msg)
@@ -107,18 +107,18 @@ def number(msg: Message, name: str, default: float | None = None) -> float:
 
 
 def deadline(msg: Message) -> float:
-    """Return until when the server waits, in seconds since the epoch. Other ServerApps do not say: infinity."""
+    """Return the deadline in seconds since the epoch; infinity for a message without one."""
     return number(msg, "deadline", math.inf)
 
 
 def check_deadline(msg: Message) -> None:
-    """Raise TimeoutError if the server no longer waits: work for nobody would hold up other messages."""
+    """Raise TimeoutError if the server no longer waits: useless work would delay other messages."""
     if time.time() > deadline(msg):
         raise TimeoutError("the deadline passed before the message was handled")
 
 
 def received_model(msg: Message, data: task.Split) -> nn.Module:
-    """Return the server's model. Raises DataError when it is not one for this node's images."""
+    """Return the server's model. Raises DataError when it does not fit this node's images."""
     in_channels = data.images.shape[1]
     net = task.make_model(in_channels, len(data.class_names))
     try:
@@ -146,5 +146,5 @@ def local_split(part: str, msg: Message, config: RunConfig, context: Context) ->
 
 
 def partition_of(context: Context) -> int:
-    """Return the number of this node that is the same in every run: its partition, else its id."""
+    """Return the number that identifies this node in every run: its partition id if it has one, otherwise its id."""
     return int(context.node_config.get("partition-id", context.node_id))

@@ -1,7 +1,7 @@
-"""The run configuration, typed and checked, and the random streams that derive from its seed.
+"""The typed, validated run configuration, and the random streams that derive from its seed.
 
 `pyproject.toml` holds the defaults and says what each key means; `flwr run --run-config` overrides
-them. Every value is checked here, once, before anything is sent or written.
+them. Every value is checked here before anything is sent or written.
 """
 
 from __future__ import annotations
@@ -15,27 +15,27 @@ from typing import Any
 import numpy as np
 from flwr.app import Context, UserConfigValue
 
-DAY = 86_400.0  # seconds; the longest timeout, since longer ones are typing errors
+DAY = 86_400.0  # seconds; the longest timeout, since a longer one is probably a typing error
 
 
 class UserError(ValueError):
-    """An error the user can fix; the message says what is wrong and what to do."""
+    """An error that the user can fix; the message says what is wrong and what to do."""
 
 
 class ConfigError(UserError):
-    """The run configuration is wrong; the message lists every fault."""
+    """The run configuration is invalid; the message lists every fault."""
 
 
 def first_line(error: BaseException | str) -> str:
-    """Return the first line of an error's text, or the name of its class if it has none."""
+    """Return the first line of an error's text, or the name of its class if it has no text."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def setting(allowed: str, fits: Callable[[Any], bool] = lambda _: True, *, operational: bool = False) -> Any:  # noqa: ANN401 (takes the field's type)
-    """Declare a key of the run configuration: the allowed values, in words and as a test.
+    """Declare a key of the run configuration with its allowed values, in words and as a predicate.
 
-    `operational` keys control how a run is carried out, not what it computes. They may change when
-    a run is resumed.
+    `operational` keys control how a run is carried out, not what it computes. They may have other
+    values when a run is resumed.
     """
     return field(metadata={"allowed": allowed, "fits": fits, "operational": operational})
 
@@ -47,7 +47,7 @@ def timeout() -> Any:  # noqa: ANN401
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """The run configuration. Key `some-key` of `pyproject.toml` is the field `some_key`."""
+    """The run configuration. The key `some-key` of `pyproject.toml` is the field `some_key`."""
 
     num_server_rounds: int = setting("1 to 1000000", lambda v: 1 <= v <= 1e6, operational=True)
     fraction_clients_train: float = setting("above 0, at most 1", lambda v: 0 < v <= 1)
@@ -133,7 +133,7 @@ class RunConfig:
 
 
 class Purpose(IntEnum):
-    """The purposes of random numbers. Each has its own streams."""
+    """What random numbers are used for. Each purpose has its own streams."""
 
     WEIGHTS = 0
     COHORT = 1
@@ -144,9 +144,9 @@ class Purpose(IntEnum):
 
 
 def random_stream(seed: int, purpose: Purpose, server_round: int = 0, partition: int = 0) -> np.random.Generator:
-    """Return the random numbers of (seed, purpose, round, partition).
+    """Return the random generator of (seed, purpose, round, partition).
 
-    No random number comes from a global generator, so it does not matter which process does the
-    work, or when. https://numpy.org/doc/stable/reference/random/parallel.html
+    No random number comes from a global generator, so the results do not depend on which process
+    does the work, or when. https://numpy.org/doc/stable/reference/random/parallel.html
     """
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(purpose, server_round, partition)))

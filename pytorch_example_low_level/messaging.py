@@ -23,17 +23,17 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 T = TypeVar("T")
-Read = Callable[[RecordDict], T]  # makes a value of a reply, or raises
+Read = Callable[[RecordDict], T]  # converts a reply to a value, or raises
 
-MAX_EXAMPLES = 10**9  # a larger weight would drown all other nodes
+MAX_EXAMPLES = 10**9  # a larger weight would dominate all other nodes
 MAX_FLOAT = 1e100  # a weighted sum of squares of such numbers is still finite in double precision
-MAX_INTEGER = 2**53  # double precision holds every integer up to here
+MAX_INTEGER = 2**53  # double precision represents every integer up to this one
 MAX_TEXT = 300  # characters of a node's text that reach the log
-MAX_REASONS = 5  # warnings a phase; further reasons are counted together
+MAX_REASONS = 5  # warnings per phase; further reasons share one
 MAX_LOOK = 64  # message ids in one look for replies, whose cost grows with their number
 MAX_WAITING = 8  # models in memory that wait for their turn to be aggregated
-MAX_LATE = 10_000  # late replies that are still looked for, to take them off the SuperLink
-PAUSE = (0.01, 0.1)  # seconds between two looks: short after a reply, longer when none come
+MAX_LATE = 10_000  # late replies that are still fetched, to remove them from the SuperLink
+PAUSE = (0.01, 0.1)  # seconds between two looks: short after a reply, longer without one
 PROGRESS_EVERY = 10  # seconds
 
 log = getLogger("flwr")
@@ -41,17 +41,17 @@ log = getLogger("flwr")
 
 @dataclass(frozen=True)
 class Node:
-    """A connected node. Its id is random in every simulation; its place in the order of registration is not."""
+    """A connected node. In a simulation, its id is random, but its position in the order of registration is not."""
 
     node_id: int
-    name: str  # that it was registered with, or "node" and its id
+    name: str  # the name it was registered with, or "node" and its id
     simulated: bool = False
 
 
 def connected_nodes(grid: Grid) -> list[Node]:
-    """Return the connected nodes in the order in which they registered. In a simulation, partitions have the same."""
+    """Return the connected nodes in the order of registration. In a simulation, that is the order of partitions."""
     nodes = sorted(grid.get_nodes(), key=lambda node: (node.registered_at, node.node_id))
-    # A simulated node sends no heartbeats, so Flower gives it an interval without end.
+    # A simulated node sends no heartbeats, so Flower gives it a practically infinite interval.
     return [Node(n.node_id, clean(n.name) or f"node {n.node_id}", n.heartbeat_interval > 1e9) for n in nodes]
 
 
@@ -61,7 +61,7 @@ class Rejected(ValueError):
 
 @dataclass
 class Batch:
-    """The messages of one phase, and what became of them."""
+    """The messages of one phase, and the outcome of each."""
 
     message_type: str
     server_round: int
@@ -75,19 +75,19 @@ class Batch:
     faults: dict[str, list[Node]] = field(default_factory=dict)  # reason -> nodes
 
     def leave_out(self, node: Node, reason: str) -> None:
-        """Note why a node is left out; the reason may be its own words."""
+        """Record why a node is left out; the reason may be text from the node."""
         reason = clean(reason)
         reason = reason if reason in self.faults or len(self.faults) < MAX_REASONS else "other reasons"
         self.faults.setdefault(reason, []).append(node)
 
     def miss(self, node: Node) -> None:
-        """Note a node without a reply before the deadline. In a QUERY that is no fault."""
+        """Record a node without a reply before the deadline. In a QUERY that is not a fault."""
         self.failed += 1
         if self.message_type != MessageType.QUERY:
             self.leave_out(node, f"no reply within {self.timeout:g} s")
 
     def log_faults(self) -> str:
-        """Log one warning for each reason, however many nodes it concerns; return the first, or ""."""
+        """Log one warning per reason, for all of its nodes together; return the first, or ""."""
         lines = []
         for reason, nodes in self.faults.items():
             names = ", ".join(node.name for node in nodes[:3]) + (", ..." if len(nodes) > 3 else "")
@@ -102,12 +102,12 @@ class Mailbox:
 
     def __init__(self, grid: Grid) -> None:
         self.grid = grid
-        self.late: deque[str] = deque(maxlen=MAX_LATE)  # message ids that nobody waits for any more
+        self.late: deque[str] = deque(maxlen=MAX_LATE)  # message ids whose replies nobody waits for any more
 
     def send(
         self, nodes: Sequence[Node], message_type: str, content: RecordDict, server_round: int, timeout: float
     ) -> Batch:
-        """Send `content` to each node, with the deadline (seconds since the epoch) in its record "config"."""
+        """Send `content` to each node, and add the deadline (seconds since the epoch) to its record "config"."""
         batch = Batch(message_type, server_round, timeout, time.time() + timeout, len(nodes))
         config = ConfigRecord({**content.config_records.get("config", {}), "deadline": batch.deadline})
         content = RecordDict({**content, "config": config})
@@ -123,13 +123,13 @@ class Mailbox:
         return batch
 
     def collect(self, batch: Batch, read: Read[T], window: int = MAX_LOOK) -> Iterator[tuple[Node, T]]:
-        """Yield each node whose reply can be used, with what `read` makes of the reply.
+        """Yield each node with a usable reply, and the value that `read` returns for the reply.
 
-        The order is that of sending, not of arrival, so that a sum over the replies has the same
-        bits in every run. At most `window` replies that wait for their turn are held in memory;
-        the others stay at the SuperLink until there is room.
+        The order is that of sending, not of arrival, so that a sum over the replies is bit-identical
+        in every run. At most `window` replies that wait for their turn are kept in memory; the
+        others stay at the SuperLink until there is room.
         """
-        values: dict[str, T] = {}  # read, but not yet at their turn
+        values: dict[str, T] = {}  # values that wait for their turn
         last_arrival = log_at = time.time()
         for message_id, node in list(batch.pending.items()):
             while message_id in batch.pending:
@@ -145,11 +145,11 @@ class Mailbox:
                 yield node, values.pop(message_id)
 
     def look(self, batch: Batch, ids: Sequence[str], read: Read[T]) -> dict[str, T]:
-        """Look once for replies to some of the pending messages; return what can be used, by message id.
+        """Look once for replies to some of the pending messages; return the values of usable ones, by message id.
 
-        After the deadline none of them stays pending. What was written before it counts, even if it is
-        first seen later, since the server may have been busy. Late replies of earlier phases are
-        fetched, too, and dropped, because the simulation searches through all messages that it holds.
+        After the deadline, none of these messages stays pending. A reply that was created before the
+        deadline counts even if it is fetched later, since the server may have been busy. Late replies of
+        earlier phases are fetched and dropped, because a simulation searches through all messages it holds.
         """
         is_last_look = time.time() >= batch.deadline
         late = [self.late.popleft() for _ in range(min(len(self.late), MAX_LOOK - len(ids)))]
@@ -171,7 +171,7 @@ class Mailbox:
                 else:
                     values[message_id] = read(reply.content)
                     batch.received += 1
-            except Exception as error:  # whatever it is, it comes from what the node sent
+            except Exception as error:  # any exception here is caused by what the node sent
                 batch.rejected += 1
                 batch.leave_out(node, str(error) if isinstance(error, Rejected) else f"unreadable reply: {error!r}")
         missing = [message_id for message_id in ids if is_last_look and message_id in batch.pending]
@@ -181,38 +181,38 @@ class Mailbox:
         return values
 
     def _pull(self, ids: Sequence[str]) -> list[tuple[str, Message | Exception]]:
-        """Fetch the replies that are there. A reply that Flower cannot decode comes as the exception."""
+        """Fetch the replies that have arrived. For a reply that Flower cannot decode, return the exception."""
         try:
             return [(reply.metadata.reply_to_message_id, reply) for reply in self.grid.pull_messages(ids)]
         except Exception as error:
-            self.grid.get_node_ids()  # raises if it is the SuperLink that cannot be reached
+            self.grid.get_node_ids()  # raises if the SuperLink cannot be reached
             return [(ids[0], error)] if len(ids) == 1 else [pair for i in ids for pair in self._pull([i])]
 
 
 def clean(text: str) -> str:
-    """Return a node's text without control, format and line-break characters, cut short."""
+    """Return a node's text without control, format and line-break characters, cut to MAX_TEXT."""
     words = " ".join("".join(c if c.isprintable() else " " for c in text[: 4 * MAX_TEXT]).split())
     return words if len(words) <= MAX_TEXT else words[:MAX_TEXT] + "..."
 
 
 def last_line(text: str) -> str:
-    """Return the last line with text in it: of a traceback, the one that says what went wrong."""
+    """Return the last line that is not blank. In a traceback, it says what went wrong."""
     lines = [line for line in text[-40 * MAX_TEXT :].splitlines() if clean(line)]
     return lines[-1] if lines else "no reason given"
 
 
 def to_array_record(model: dict[str, Tensor]) -> ArrayRecord:
-    """Return a state_dict as it is sent. Types that NumPy lacks, such as bfloat16, become float32, exactly."""
+    """Convert a state_dict for sending. Types that NumPy lacks, such as bfloat16, become float32, without loss."""
     known = (torch.float16, torch.float32, torch.float64)
     exact = {n: t.float() if t.is_floating_point() and t.dtype not in known else t for n, t in model.items()}
     return ArrayRecord({name: tensor.contiguous() for name, tensor in exact.items()})
 
 
 def read_arrays(content: RecordDict, sent: ArrayRecord) -> dict[str, Tensor]:
-    """Return the arrays of a reply. Raises Rejected unless they are finite and like those that were sent.
+    """Return the arrays of a reply. Raises Rejected unless they are finite and match those that were sent.
 
-    An honest reply has as many bytes as what was sent, and the same header. A node could write a
-    header that promises any size, so it is compared before NumPy interprets it.
+    A valid reply has the same header and the same number of bytes as what was sent. A node could
+    forge a header that claims any size, so the header is compared before NumPy parses it.
     """
     arrays = content.get("arrays")
     if not isinstance(arrays, ArrayRecord):
@@ -230,7 +230,7 @@ def read_arrays(content: RecordDict, sent: ArrayRecord) -> dict[str, Tensor]:
         values = array.numpy()
         numbers = values.reshape(-1).view(values.real.dtype)  # complex numbers as pairs of real ones
         limit = MAX_FLOAT if np.issubdtype(numbers.dtype, np.floating) else MAX_INTEGER
-        # NaN fails every comparison, so it is rejected, too.
+        # NaN fails every comparison, so it is also rejected.
         if values.size and not (-limit <= float(numbers.min()) and float(numbers.max()) <= limit):
             raise Rejected(f"array {name!r} is not finite, or has numbers beyond ±{limit:g}")
         tensors[name] = torch.from_numpy(values)
@@ -238,7 +238,7 @@ def read_arrays(content: RecordDict, sent: ArrayRecord) -> dict[str, Tensor]:
 
 
 def read_metrics(content: RecordDict, *names: str) -> tuple[dict[str, float], int]:
-    """Return the named metrics and "num-examples". Raises Rejected for values that cannot be true."""
+    """Return the named metrics and "num-examples". Raises Rejected for missing or impossible values."""
     metrics = content.get("metrics")
     if not isinstance(metrics, MetricRecord):
         raise Rejected("it has no MetricRecord 'metrics'")
@@ -253,7 +253,7 @@ def read_metrics(content: RecordDict, *names: str) -> tuple[dict[str, float], in
 
 
 def read_opt_in(content: RecordDict) -> bool:
-    """Return a node's answer to a query. Raises Rejected when it is neither true nor false."""
+    """Return a node's answer to a query. Raises Rejected when it is not a boolean."""
     opt_in = content.config_records.get("config", ConfigRecord()).get("opt-in")
     if not isinstance(opt_in, bool):
         raise Rejected(f"opt-in is {brief(opt_in)}, neither true nor false")

@@ -1,7 +1,7 @@
 """The ServerApp: `main` is federated learning, written as a plain loop over rounds.
 
-Read `main` first: it is one round, top to bottom. The functions it calls follow in the order of
-the round. `messaging.py` sends their messages and checks the replies.
+Read `main` first: its loop body is one round, from top to bottom. The functions that it calls
+follow in the order of the round. `messaging.py` sends their messages and checks the replies.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pytorch_example_low_level.messaging import Batch, Mailbox, Node
 from pytorch_example_low_level.task import StateDict
 from pytorch_example_low_level.utils import Row
 
-SETTLE = 0.5  # seconds in which no node connects: then all are there
+SETTLE = 0.5  # seconds without a new node after which all are assumed to be connected
 
 log = getLogger("flwr")
 app = ServerApp()
@@ -33,7 +33,7 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Train a global model over `num-server-rounds` rounds. Raises UserError."""
-    # Errors the user can fix show here, before anything is sent or written.
+    # Errors that the user can fix are raised here, before anything is sent or written.
     config = RunConfig.from_context(context)
     utils.log_environment()
     device = task.pick_device(config.server_device)
@@ -105,11 +105,11 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def wait_for_nodes(grid: Grid, config: RunConfig, before: int | None, *, resumed: bool) -> list[Node]:
-    """Wait until `min-available-nodes` are connected and their number stands still; return all.
+    """Wait until at least `min-available-nodes` are connected and their number is stable; return all.
 
-    `before` is how many there were in the last round. Raises UserError when too few nodes connect
-    within `node-wait-timeout`, and when a resumed simulation has another number of nodes: it
-    would deal the images out anew, and train on what another node has for validation.
+    `before` is their number in the last round. Raises UserError when too few nodes connect within
+    `node-wait-timeout`, and when a resumed simulation has another number of nodes: it would
+    distribute the images anew, and nodes would train on what others had for validation.
     """
     started, last, log_at = time.monotonic(), before, 1.0
     while True:
@@ -127,7 +127,7 @@ def wait_for_nodes(grid: Grid, config: RunConfig, before: int | None, *, resumed
             left = config.node_wait_timeout - waited
             log.info("Waiting for nodes: %s/%s, %.0f s left", len(nodes), config.min_available_nodes, left)
             log_at += 5
-        last = len(nodes)  # in a simulation, nodes still register when the ServerApp is running
+        last = len(nodes)  # in a simulation, nodes still register while the ServerApp is running
         time.sleep(min(SETTLE, config.node_wait_timeout))
     simulated = all(node.simulated for node in nodes)
     if before not in (None, len(nodes)) and simulated and resumed:
@@ -150,7 +150,7 @@ def sample_cohort(nodes: Sequence[Node], config: RunConfig, server_round: int) -
 
 
 def sample_asked(nodes: Sequence[Node], config: RunConfig, server_round: int) -> list[Node]:
-    """Draw the nodes that are asked to opt in to the evaluation, likewise."""
+    """Draw the nodes that are asked to opt in to the evaluation, in the same way."""
     size = max(share(config.fraction_clients_query, len(nodes)), 1)
     return draw(nodes, size, random_stream(config.seed, Purpose.ASKED, server_round))
 
@@ -161,7 +161,7 @@ def share(fraction: float, count: int) -> int:
 
 
 def draw(nodes: Sequence[Node], size: int, stream: np.random.Generator) -> list[Node]:
-    """Draw `size` nodes, at most all, and keep their order."""
+    """Draw `size` nodes, or all if there are fewer, and keep their order."""
     chosen = stream.choice(len(nodes), min(size, len(nodes)), replace=False)
     return [nodes[i] for i in sorted(chosen)]
 
@@ -178,7 +178,7 @@ def train(
 ) -> tuple[Batch, StateDict, float | None]:
     """Have the cohort train the model. Return the batch, the new model and the mean training loss.
 
-    Without any usable reply the model stays as it is, and there is no loss.
+    Without a usable reply, the model is returned unchanged, and the loss is None.
     """
     sent = messaging.to_array_record(model)
     content = RecordDict({"arrays": sent, "config": ConfigRecord(instructions)})
@@ -205,7 +205,7 @@ def train(
 
 
 def weighted_mean(updates: Iterable[tuple[StateDict, int]], like: StateDict) -> StateDict | None:
-    """Return the mean of state_dicts, weighted by their number of examples; None if there are none.
+    """Return the mean of state_dicts, weighted by their numbers of examples; None if there are none.
 
     FedAvg (McMahan et al. 2017, arXiv:1602.05629, algorithm 1). One running sum is kept, in double
     precision, and each model is released as soon as it is added. Names, shapes and dtypes are those
@@ -293,7 +293,7 @@ def evaluate(
         "federated_evaluate_loss_std": loss_std,
         "federated_evaluate_accuracy": accuracy,
         "federated_evaluate_accuracy_std": accuracy_std,
-        # A mean hides the nodes for which the model does not work, so the tail is recorded, too.
+        # A mean hides the nodes for which the model does not work, so the tail is also recorded.
         "federated_evaluate_accuracy_min": min(accuracies, default=None),
         "federated_evaluate_accuracy_p10": float(np.percentile(accuracies, 10)) if accuracies else None,
         "federated_evaluate_accuracy_median": float(np.median(accuracies)) if accuracies else None,

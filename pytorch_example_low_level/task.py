@@ -1,4 +1,4 @@
-"""Model, data, training and testing: PyTorch and data sets, nothing of Flower's messages."""
+"""Model, data, training and testing, with PyTorch and data sets, but without Flower's messages."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ StateDict = dict[str, Tensor]
 log = getLogger("flwr")
 
 BUNDLED = "fashion-mnist-sample"
-ON_THE_HUB = "zalando-datasets/fashion_mnist"  # stands in where the bundled images are not installed
+ON_THE_HUB = "zalando-datasets/fashion_mnist"  # used if the bundled images are not installed
 VALIDATION_SHARE = 0.2  # of a node's images; the rest is for training
-TEST_SPLITS = ("test", "validation", "valid")  # the first that a data set has
+TEST_SPLITS = ("test", "validation", "valid")  # the first of these that a data set has is used
 MIN_PARTITION = 5  # images: four to train on, one to validate on
 
 
 class DataError(UserError):
-    """A data set that cannot be used; the message says why and what can be."""
+    """A data set cannot be used; the message says why, and what is allowed."""
 
 
 # ---------------------------------------------------------------------------------- Model
@@ -46,8 +46,8 @@ class DataError(UserError):
 class Net(nn.Module):
     """A small CNN with 80,298 parameters for 28x28 grey images.
 
-    GroupNorm (Wu and He 2018, arXiv:1803.08494) lets one learning rate serve grey and colour images.
-    Unlike BatchNorm it keeps no statistics of a node's data, which differ between nodes.
+    With GroupNorm (Wu and He 2018, arXiv:1803.08494), one learning rate suits grey and colour images.
+    Unlike BatchNorm, it keeps no statistics of the data, which differ between nodes.
     """
 
     def __init__(self, in_channels: int, num_classes: int) -> None:
@@ -61,7 +61,7 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map float images (N, in_channels, H, W), 28x28 or 32x32, to logits (N, num_classes)."""
-        # Behind the pooling, normalisation and ReLU have a quarter of the work.
+        # After the pooling, normalisation and ReLU process a quarter of the values.
         x = F.relu(self.norm1(F.max_pool2d(self.conv1(x), 2)))
         x = F.relu(self.norm2(F.max_pool2d(self.conv2(x), 2)))
         if x.shape[-2:] != (4, 4):  # 28x28 images give 4x4 here, 32x32 give 5x5
@@ -72,19 +72,19 @@ class Net(nn.Module):
 
 
 def make_model(in_channels: int, num_classes: int) -> nn.Module:
-    """Make the model. This is the one place to put another: server and nodes get theirs here."""
+    """Create the model. To use another one, change only this function: server and nodes call it."""
     return Net(in_channels, num_classes)
 
 
 def initial_model(in_channels: int, num_classes: int, seed: int) -> nn.Module:
-    """Make the model with random weights that depend on `seed` alone."""
+    """Create the model with random weights that depend only on `seed`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(random_stream(seed, Purpose.WEIGHTS).integers(2**63)))
         return make_model(in_channels, num_classes)
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """Return the device called `name`; "auto": CUDA, MPS or CPU. Raises UserError when it is not on this machine."""
+    """Return the device `name`; "auto" prefers CUDA, then MPS, then the CPU. Raises UserError if it is not usable."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -100,7 +100,7 @@ def pick_device(name: str = "auto") -> torch.device:
 
 @dataclass(frozen=True)
 class Split:
-    """Decoded images (N, C, H, W) as uint8, C = 1 or 3, their labels (N,) as int64, and the names of the classes."""
+    """Decoded images (N, C, H, W) as uint8, with C = 1 or 3, their labels (N,) as int64, and the class names."""
 
     images: Tensor
     labels: Tensor
@@ -111,7 +111,7 @@ class Split:
         return len(self.labels)
 
     def numbered_as(self, class_names: Sequence[str]) -> Split:
-        """Return the split with its labels numbered as in `class_names`. Raises DataError when one is not there."""
+        """Return the split with its labels numbered as in `class_names`. Raises DataError for a class not in there."""
         unknown = [name for name in self.class_names if name not in class_names]
         if unknown:
             raise DataError(
@@ -129,7 +129,7 @@ def load_partition(
 ) -> dict[str, Split]:
     """Load the "train" (80 %) and the "validation" (20 %) part of one partition of a data set. Raises DataError.
 
-    A process keeps the 256 partitions that it used last: at most about one copy of the training images.
+    A process caches the last 256 partitions it used, which take at most about one copy of the training images.
     """
     with _explained(f"dataset {dataset!r} for {num_partitions} nodes"):
         rows = partitions(dataset, partitioner, num_partitions, alpha, seed).load_partition(partition_id)
@@ -171,7 +171,7 @@ def partitions(
             f"{len(rows)} training images are too few for {num_partitions} nodes, each of which needs {MIN_PARTITION}"
         )
     if partitioner == "iid":
-        # Its partitions are cut from the rows as they are, which may be sorted by label.
+        # IidPartitioner takes consecutive rows, which may be sorted by label, so they are shuffled first.
         dealt: Partitioner = IidPartitioner(num_partitions)
         rows = rows.shuffle(seed=seed)
     else:
@@ -184,7 +184,7 @@ def partitions(
 
 
 def _train_and_validation(data: Split, seed: int, partition_id: int) -> dict[str, Split]:
-    """Split a node's images at random, but always in the same way."""
+    """Split a node's images at random; the same seed and partition give the same split."""
     order = random_stream(seed, Purpose.SPLIT, partition=partition_id).permutation(len(data))
     cut = int(len(data) * VALIDATION_SHARE)
     parts = {"train": order[cut:], "validation": order[:cut]}
@@ -192,12 +192,12 @@ def _train_and_validation(data: Split, seed: int, partition_id: int) -> dict[str
 
 
 def _load(dataset: str) -> datasets.DatasetDict:
-    """Load all splits of a data set; call its columns "image" and "label"."""
+    """Load all splits of a data set, with the columns "image" and "label"."""
     import datasets
 
     datasets.disable_progress_bars()
     if dataset == BUNDLED:
-        spec = find_spec("fashion_mnist_sample")  # from Flower's hub it comes without the images
+        spec = find_spec("fashion_mnist_sample")  # the app from Flower Hub has no images
         if spec and spec.origin and Path(spec.origin).with_name("data").is_dir():
             dataset = str(Path(spec.origin).parent)
         else:
@@ -214,7 +214,7 @@ def _load(dataset: str) -> datasets.DatasetDict:
 
 
 def _canonical(splits: datasets.DatasetDict) -> datasets.DatasetDict:
-    """Find the image and the label column by their types, or a lone other column; rename them."""
+    """Find the image and the label column by type, or take the only other column as label; rename both."""
     import datasets
 
     features = next(iter(splits.values())).features
@@ -240,7 +240,7 @@ def _canonical(splits: datasets.DatasetDict) -> datasets.DatasetDict:
 
 
 def _decode(rows: datasets.Dataset, *, in_memory: bool = False) -> datasets.Dataset:
-    """Replace the column "image" by "pixels", the bytes (H, W, C); Hugging Face's cache keeps the result.
+    """Replace the column "image" by "pixels", the bytes (H, W, C). Hugging Face caches the result.
 
     Images become RGB unless the first hundred are grey, and 32x32 unless the first is 28x28.
     """
@@ -250,7 +250,7 @@ def _decode(rows: datasets.Dataset, *, in_memory: bool = False) -> datasets.Data
     size = 28 if first and first[0].size == (28, 28) else 32
     to_bytes = partial(_decode_batch, in_channels=in_channels, size=size)
     decoded = rows.map(to_bytes, batched=True, remove_columns=["image"], keep_in_memory=in_memory)
-    return decoded.with_format("arrow")  # forty times as fast as Python lists
+    return decoded.with_format("arrow")  # 40 times as fast as Python lists
 
 
 def _decode_batch(batch: dict[str, list[Any]], in_channels: int, size: int) -> dict[str, list[bytes]]:
@@ -259,19 +259,19 @@ def _decode_batch(batch: dict[str, list[Any]], in_channels: int, size: int) -> d
 
 
 def to_pixels(image: Image.Image, in_channels: int, size: int) -> np.ndarray:
-    """Return an image as uint8 (size, size, in_channels): grey or RGB, resized if need be."""
+    """Return an image as uint8 (size, size, in_channels): grey or RGB, resized if necessary."""
     image = image.convert("L" if in_channels == 1 else "RGB")
     image = image if image.size == (size, size) else image.resize((size, size))
     return np.asarray(image).reshape(size, size, in_channels)
 
 
 def _to_split(rows: datasets.Dataset) -> Split:
-    """Turn decoded rows into tensors. Raises DataError for a label that is missing."""
+    """Convert decoded rows to tensors. Raises DataError for a missing label."""
     columns = rows.with_format("arrow")[:]
     pixels, labels = columns["pixels"].to_pylist(), columns["label"].to_pylist()
     if any(label is None or label < 0 for label in labels):
         raise DataError("some images have no label")
-    size = 28 if not pixels or len(pixels[0]) % 28 == 0 else 32  # 32 * 32 * C is no multiple of 28
+    size = 28 if not pixels or len(pixels[0]) % 28 == 0 else 32  # 32 * 32 * C is not a multiple of 28
     images = np.frombuffer(b"".join(pixels), np.uint8).reshape(len(labels), size, size, -1)
     return Split(
         torch.from_numpy(images.transpose(0, 3, 1, 2).copy(order="C")),
@@ -282,10 +282,10 @@ def _to_split(rows: datasets.Dataset) -> Split:
 
 @contextmanager
 def _explained(what: str) -> Iterator[None]:
-    """Turn whatever goes wrong with `what` into one DataError that says what is allowed."""
+    """Convert any exception about `what` to a DataError that says what is allowed."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # retries of the partitioner: noise, or an error below
+            warnings.simplefilter("ignore")  # retries of the partitioner, which raises if all fail
             yield
     except Exception as error:
         reason = " ".join(str(error).split()) or first_line(error)
@@ -306,7 +306,7 @@ def train(
     """Train `net` in place with SGD; return the mean training loss over all examples and epochs.
 
     Shuffling and augmentation derive from `seed`. `deadline` is in seconds since the epoch. Raises
-    DataError when there are no images, TimeoutError when the deadline passes.
+    DataError without images, and TimeoutError when the deadline passes.
     """
     if not len(data):
         raise DataError("the training split is empty")
@@ -318,9 +318,9 @@ def train(
     images, labels = data.images.to(device), data.labels.to(device)
 
     # Logit adjustment (Menon et al. 2021, arXiv:2007.07314; for federated learning Zhang et al.
-    # 2022, arXiv:2209.00189). A node that has few of the classes would mostly learn which ones
-    # they are. Added to the logits, the logarithm of their frequencies explains that much, and the
-    # gradient goes into what tells the images apart. Evaluation uses the plain logits.
+    # 2022, arXiv:2209.00189). A node with few classes would mostly learn which classes are frequent.
+    # The logarithm of the label counts is added to the logits and accounts for the frequencies, so
+    # the gradient is about what distinguishes the images. Evaluation uses the plain logits.
     counts = torch.bincount(labels, minlength=len(data.class_names))
     adjustment = config.logit_adjustment * torch.log(counts + 1.0)
 
@@ -344,7 +344,7 @@ def train(
 
 
 class Evaluation(NamedTuple):
-    """Mean loss, accuracy, and the accuracy of each class, None for a class without images."""
+    """Mean loss, accuracy, and the accuracy of each class, which is None for a class without images."""
 
     loss: float
     accuracy: float
@@ -353,10 +353,10 @@ class Evaluation(NamedTuple):
 
 @torch.no_grad()
 def test(net: nn.Module, data: Split, device: torch.device, batch_size: int = 500) -> Evaluation:
-    """Evaluate `net` on `data`; the means are exact, whatever the batch size. Raises DataError without images.
+    """Evaluate `net` on `data`; the means do not depend on the batch size. Raises DataError without images.
 
-    The best checkpoint is chosen by its accuracy on the test split, so that figure is a little too
-    high for new images. Quote the last round's.
+    The best checkpoint is chosen by its accuracy on the test split, so this accuracy is slightly too
+    high as an estimate for new images. Quote that of the last round.
     """
     if not len(data):
         raise DataError("the split to evaluate on is empty")
@@ -375,7 +375,7 @@ def test(net: nn.Module, data: Split, device: torch.device, batch_size: int = 50
 
 
 def normalise(images: Tensor) -> Tensor:
-    """Turn uint8 images (N, C, H, W) into floats, each image with mean 0 and variance 1.
+    """Convert uint8 images (N, C, H, W) to floats, and normalise each image to mean 0 and variance 1.
 
     No node knows the mean of the whole data set. The memory format channels_last makes convolutions on
     a CPU about twice as fast: https://docs.pytorch.org/tutorials/intermediate/memory_format_tutorial.html
@@ -383,11 +383,11 @@ def normalise(images: Tensor) -> Tensor:
     floats = images.to(torch.float32, memory_format=torch.channels_last)
     floats.sub_(floats.mean((1, 2, 3), keepdim=True))
     variance = floats.square().mean((1, 2, 3), keepdim=True)  # twice as fast as torch.var
-    return floats.mul_(torch.rsqrt(variance + 1))  # + 1: one grey level, against division by 0
+    return floats.mul_(torch.rsqrt(variance + 1))  # + 1: one grey level, to avoid division by 0
 
 
 def random_crop_and_flip(images: Tensor, generator: torch.Generator, padding: int = 4) -> Tensor:
-    """Shift each image (N, C, H, W) by up to `padding` pixels, filling with black, and mirror half of them."""
+    """Shift each image (N, C, H, W) by up to `padding` pixels, fill with black, and mirror half of them on average."""
     n, _, height, width = images.shape
     shift = torch.randint(0, 2 * padding + 1, (2, n, 1), generator=generator)
     flip = torch.randint(0, 2, (n, 1), generator=generator).bool()

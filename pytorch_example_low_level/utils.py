@@ -1,6 +1,6 @@
-"""What a run leaves behind: its directory, checkpoints, results.json, plot and W&B.
+"""The results of a run: its directory, checkpoints, results.json, plot and W&B.
 
-Every file is replaced whole, so it is complete, old or new, after a crash at any instant.
+Every file is replaced as a whole, so after a crash at any time it is complete, old or new.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Row = dict[str, Any]  # one round in results.json
 
-PLOT_EVERY = 30  # seconds between two drawings while a run goes on
+PLOT_EVERY = 30  # seconds between two drawings during a run
 PLOT_FAILED = "The plot cannot be drawn"
 WANDB_FAILED = "📈 W&B has failed, and the run goes on without it"
 
-# What results.json says of a round, in this order; what a round does not have is None.
+# The keys of a round in results.json, in this order. A value that a round does not have is None.
 RESULT_KEYS = (
     "round", "lr", "nodes_available",
     "train_sampled", "train_received", "train_failed", "train_rejected", "train_loss",
@@ -56,7 +56,7 @@ log = getLogger("flwr")
 
 
 def log_environment() -> None:
-    """Log versions and environment, which show when the SuperLink of another project has the run."""
+    """Log versions and environment, which show if the SuperLink of another project took the run."""
     log.info("flwr %s, torch %s, app %s, in %s", version("flwr"), torch.__version__, __version__, sys.prefix)
 
 
@@ -96,18 +96,18 @@ def time_summary(results: Sequence[Row], rounds_left: int) -> str:
 
 @dataclass
 class ServerState:
-    """All that survives a round. A checkpoint holds this and nothing else."""
+    """Everything that is kept from round to round. A checkpoint contains these fields."""
 
     model: dict[str, Tensor]  # the global model, on the CPU
-    server_round: int = -1  # the last complete round; 0: the initial model is evaluated
+    server_round: int = -1  # the last complete round; 0: only the initial model is evaluated
     best_round: int | None = None
     best_accuracy: float | None = None
     results: list[Row] = field(default_factory=list)
     wandb_id: str = ""  # a resumed run continues under it
-    last_fault: str = ""  # why a TRAIN reply was left out last
+    last_fault: str = ""  # why the last TRAIN reply was left out
 
     def note_best(self, row: Row) -> bool:
-        """Note the round if it has the best central accuracy so far; return whether it has."""
+        """Record the round if it has the best central accuracy so far; return whether it has."""
         if self.best_accuracy is not None and row["centralized_accuracy"] <= self.best_accuracy:
             return False
         self.best_round, self.best_accuracy = row["round"], row["centralized_accuracy"]
@@ -115,12 +115,12 @@ class ServerState:
 
 
 def new_row(server_round: int, lr: float | None = None) -> Row:
-    """Return the row of results.json for a round of which nothing is known yet."""
+    """Return the row of results.json for a round that has no results yet."""
     return dict.fromkeys(RESULT_KEYS) | {"round": server_round, "lr": lr}
 
 
 def weighted_mean_std(values: Sequence[float], weights: Sequence[int]) -> tuple[float, float] | tuple[None, None]:
-    """Return mean and (population) standard deviation, weighted; None where there is no value."""
+    """Return the weighted mean and (population) standard deviation; None, None without values."""
     if not values:
         return None, None
     mean = np.average(values, weights=weights)
@@ -131,9 +131,9 @@ def weighted_mean_std(values: Sequence[float], weights: Sequence[int]) -> tuple[
 
 
 def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Replace `path` whole: write beside it, fsync, rename.
+    """Replace `path` as a whole: write a temporary file beside it, fsync, rename.
 
-    Raises UserError when it cannot be written, such as on a full disk; the old file stays.
+    Raises UserError when it cannot be written, such as on a full disk; the old file is kept.
     """
     beside = path.with_name(f".{path.name}.part")
     try:
@@ -159,15 +159,15 @@ def replace_json(path: Path, value: object) -> None:
 
 
 def load_checkpoint(path: Path) -> Any:  # noqa: ANN401
-    """Load a file of torch.save; data only, never code. Raises UserError when that fails."""
+    """Load a file that torch.save wrote, without executing code from it. Raises UserError when that fails."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of another class for each fault
+    except Exception as error:  # torch.load raises many classes
         raise UserError(f"{path} is not a checkpoint, or holds more than data: {first_line(error)}") from error
 
 
 def load_model(name: str, net: nn.Module) -> None:
-    """Load the state_dict in a file into `net`. Raises UserError when it is one of another model."""
+    """Load the state_dict in a file into `net`. Raises UserError when it does not fit the model."""
     path = Path(name).expanduser().absolute()
     try:
         net.load_state_dict(load_checkpoint(path))
@@ -187,7 +187,7 @@ def open_run(
     """Begin a new run in a new directory, or continue the one that `resume-from` names.
 
     Images, labels and names are those of the test split. Raises UserError when the directory cannot
-    be written, belongs to a run that is still going on, or holds one with other settings.
+    be written, is in use by another run, or belongs to a run with other settings.
     """
     model = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     # What the result depends on: a run is resumed only with the same configuration, model and data.
@@ -214,7 +214,7 @@ def open_run(
 
 
 def make_directory(config: RunConfig) -> Path:
-    """Make `<output-dir>/<date>/<time>`, never an existing one. Raises UserError."""
+    """Create `<output-dir>/<date>/<time>`; never reuse a directory. Raises UserError."""
     base = Path(config.output_dir).expanduser().absolute() / f"{datetime.now():%Y-%m-%d/%H-%M-%S}"
     for attempt in count(1):  # another run may have begun in the same second
         path = base if attempt == 1 else base.with_name(f"{base.name}-{attempt}")
@@ -232,7 +232,7 @@ def make_directory(config: RunConfig) -> Path:
 
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Keep the directory for this run. Raises UserError when another run has it.
+    """Lock the directory for this run. Raises UserError when another run has the lock.
 
     The operating system releases the lock when the process ends, however it ends.
     """
@@ -254,7 +254,7 @@ def locked(directory: Path) -> Iterator[None]:
 
 
 def load_state(directory: Path, identity: Mapping[str, Any]) -> ServerState:
-    """Read the last checkpoint. Raises UserError when it was made with other settings."""
+    """Read the last checkpoint. Raises UserError when it belongs to a run with other settings."""
     path = directory / "checkpoints" / "last.pt"
     checkpoint = load_checkpoint(path)
     try:
@@ -277,7 +277,7 @@ def load_state(directory: Path, identity: Mapping[str, Any]) -> ServerState:
 
 @dataclass
 class Recorder:
-    """Writes down what happens in a run: to files always, to W&B where it is wanted."""
+    """Records a run: always in files, and in W&B if `use-wandb` is true."""
 
     directory: Path
     config: RunConfig
@@ -294,14 +294,14 @@ class Recorder:
             self.write_results()
         if self.config.use_wandb:
             self.wandb_run = attempt(WANDB_FAILED, start_wandb, self.config, self.directory, self.state)
-        for row in self.state.results:  # a crash may have kept the last ones from W&B
+        for row in self.state.results:  # W&B may lack the last ones after a crash
             self.log(row)
 
     def commit(self, row: Row, accuracies: Sequence[float] = ()) -> None:
-        """Commit a round: `row` is its line in results.json, `accuracies` are those of the nodes."""
+        """Commit a round: `row` is its object in results.json, `accuracies` are those of the nodes."""
         self.state.server_round = row["round"]
         self.state.results.append(row)
-        # All else can be made again from this file, so the round is committed with it.
+        # Everything else can be restored from this file, so writing it commits the round.
         checkpoint = {"identity": dict(self.identity), "state": vars(self.state)}
         replace_file(self.directory / "checkpoints" / "last.pt", lambda file: torch.save(checkpoint, file))
         self.write_results()
@@ -310,7 +310,7 @@ class Recorder:
             attempt(PLOT_FAILED, self.draw)
 
     def write_results(self) -> None:
-        """Write results.json, and then the best model, which so is always of a round in results.json."""
+        """Write results.json, and then the best model, so that its round is always in results.json."""
         replace_json(self.directory / "results.json", self.state.results)
         if self.state.best_round == self.state.server_round:
             best = self.directory / "checkpoints" / "best.pt"
@@ -344,7 +344,7 @@ class Recorder:
 
 
 def attempt(failed: str, function: Callable[..., T], *arguments: Any) -> T | None:  # noqa: ANN401
-    """Call a function that must not end a run: W&B's process may be killed, a disk be full. None: it failed."""
+    """Call a function whose failure must not end the run, such as one of W&B. Return None if it fails."""
     try:
         return function(*arguments)
     except Exception as error:
@@ -354,10 +354,10 @@ def attempt(failed: str, function: Callable[..., T], *arguments: Any) -> T | Non
 
 def plot_results(results: Sequence[Row], class_names: Sequence[str]) -> Figure:
     """Draw accuracy and loss over the rounds, central and federated, and the accuracy of each class."""
-    from matplotlib.figure import Figure  # no pyplot: nothing global, no display
+    from matplotlib.figure import Figure  # without pyplot, which has global state and may need a display
 
     def curve(key: str) -> tuple[list[float], np.ndarray]:
-        """Return the rounds that have this figure, and the figure."""
+        """Return the rounds that have this value, and the values."""
         rows = [row for row in results if row[key] is not None]
         return [row["round"] for row in rows], np.array([row[key] for row in rows], dtype=float)
 
@@ -395,7 +395,7 @@ def plot_results(results: Sequence[Row], class_names: Sequence[str]) -> Figure:
 
 
 def start_wandb(config: RunConfig, directory: Path, state: ServerState) -> wandb.Run:
-    """Start a W&B run: online where there are credentials and a network, otherwise offline.
+    """Start a W&B run: online with credentials and a network, otherwise offline.
 
     A resumed run continues under the same W&B id. Raises whatever W&B raises when it cannot start.
     """
@@ -407,7 +407,7 @@ def start_wandb(config: RunConfig, directory: Path, state: ServerState) -> wandb
     options["settings"] = wandb.Settings(init_timeout=20, console="off", silent=True)
     try:
         run = wandb.init(**options)
-    except Exception as error:  # no account, no network, no W&B process, ...: classes of many libraries
+    except Exception as error:  # no account, no network, no W&B process, ...: of many classes
         log.info("📈 W&B cannot go online: %s", first_line(error))
         run = wandb.init(**options, mode="offline")
     run.define_metric("*", step_metric="round")
@@ -418,7 +418,7 @@ def start_wandb(config: RunConfig, directory: Path, state: ServerState) -> wandb
 
 
 def log_to_wandb(run: wandb.Run, row: Row, accuracies: Sequence[float], class_names: Sequence[str]) -> wandb.Run:
-    """Log one round as one step, unless W&B has it, with the nodes' accuracies as a histogram; return the run."""
+    """Log one round as one step, unless W&B has it, with a histogram of the nodes' accuracies; return the run."""
     import wandb
 
     values = {key: value for key, value in row.items() if value is not None}
@@ -437,7 +437,7 @@ def finish_wandb(run: wandb.Run, directory: Path, state: ServerState, exit_code:
 
     plot, best = directory / "metrics.png", directory / "checkpoints" / "best.pt"
     if plot.exists():
-        run.summary["metrics"] = wandb.Image(str(plot))  # `log` would take the step of the next round
+        run.summary["metrics"] = wandb.Image(str(plot))  # `log` would use up the step of the next round
     if best.exists():
         artifact = wandb.Artifact(f"best-model-{run.id}", type="model", metadata={"best_round": state.best_round})
         artifact.add_file(str(best))
