@@ -102,7 +102,8 @@ class RunConfig:
         """
         given: Mapping[str, UserConfigValue] = context.run_config
         keys = {f.name.replace("_", "-"): f for f in fields(cls)}
-        faults = [f"{key}: unknown key; the keys are {', '.join(keys)}" for key in given if key not in keys]
+        known = f"the keys in {__file__} are {', '.join(keys)}"  # the file shows when another copy of the app runs
+        faults = [f"{key}: unknown key; {known}" for key in given if key not in keys]
         values: dict[str, Any] = {}
         for key, spec in keys.items():
             value = given.get(key)

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import DEFAULT_TTL, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
 
@@ -26,7 +26,7 @@ T = TypeVar("T")
 Read = Callable[[RecordDict], T]  # converts a reply to a value, or raises
 
 MAX_EXAMPLES = 10**9  # a larger weight would dominate all other nodes
-MAX_FLOAT = 1e100  # a weighted sum of squares of such numbers is still finite in double precision
+MAX_FLOAT = 1e38  # float32 and bfloat16 represent it, and double precision sums its squares without overflow
 MAX_INTEGER = 2**53  # double precision represents every integer up to this one
 MAX_TEXT = 300  # characters of a node's text that reach the log
 MAX_REASONS = 5  # warnings per phase; further reasons share one
@@ -102,6 +102,7 @@ class Mailbox:
 
     def __init__(self, grid: Grid) -> None:
         self.grid = grid
+        self.together = 1  # message ids in one request
         self.late: deque[str] = deque(maxlen=MAX_LATE)  # message ids whose replies nobody waits for any more
 
     def send(
@@ -109,10 +110,14 @@ class Mailbox:
     ) -> Batch:
         """Send `content` to each node, and add the deadline (seconds since the epoch) to its record "config"."""
         batch = Batch(message_type, server_round, timeout, time.time() + timeout, len(nodes))
+        # A request takes all its replies off the SuperLink, and Flower loses them if it cannot decode one of
+        # them. Over a network, where nodes are not trusted, each reply is therefore requested by itself.
+        self.together = MAX_LOOK if all(node.simulated for node in nodes) else 1
         config = ConfigRecord({**content.config_records.get("config", {}), "deadline": batch.deadline})
         content = RecordDict({**content, "config": config})
         # All messages share one content, so the model is not copied for each node.
-        messages = [Message(content, node.node_id, message_type, group_id=str(server_round)) for node in nodes]
+        ttl, group_id = timeout + DEFAULT_TTL, str(server_round)  # a busy server may fetch a reply long after it came
+        messages = [Message(content, node.node_id, message_type, ttl=ttl, group_id=group_id) for node in nodes]
         accepted = set(self.grid.push_messages(messages)) if messages else set()
         for message, node in zip(messages, nodes, strict=True):
             if message.metadata.message_id in accepted:
@@ -133,11 +138,13 @@ class Mailbox:
         last_arrival = log_at = time.time()
         for message_id, node in list(batch.pending.items()):
             while message_id in batch.pending:
-                now, before = time.time(), len(batch.pending)
+                began, before = time.time(), len(batch.pending)
                 values |= self.look(batch, list(islice(batch.pending, window - len(values))), read)
+                now = time.time()
                 if message_id in batch.pending:  # pause for a tenth of the time since the last reply, within bounds
                     last_arrival = now if len(batch.pending) < before else last_arrival
-                    time.sleep(min(max((now - last_arrival) / 10, PAUSE[0]), PAUSE[1], batch.deadline - now))
+                    pause = min(max((now - last_arrival) / 10, PAUSE[0]), PAUSE[1])
+                    time.sleep(max(0.0, min(max(pause, now - began), batch.deadline - now)))
                 if now >= log_at + PROGRESS_EVERY:
                     log_at, done, left = now, batch.sent - len(batch.pending), max(0.0, batch.deadline - now)
                     log.info("... %s/%s (%s), %.0f s to the deadline", done, batch.sent, batch.message_type, left)
@@ -180,13 +187,17 @@ class Mailbox:
         self.late.extend([*late, *missing])
         return values
 
-    def _pull(self, ids: Sequence[str]) -> list[tuple[str, Message | Exception]]:
-        """Fetch the replies that have arrived. For a reply that Flower cannot decode, return the exception."""
-        try:
-            return [(reply.metadata.reply_to_message_id, reply) for reply in self.grid.pull_messages(ids)]
-        except Exception as error:
-            self.grid.get_node_ids()  # raises if the SuperLink cannot be reached
-            return [(ids[0], error)] if len(ids) == 1 else [pair for i in ids for pair in self._pull([i])]
+    def _pull(self, ids: Sequence[str]) -> Iterator[tuple[str, Message | Exception]]:
+        """Fetch the replies that have arrived. For a reply that Flower cannot decode, yield the exception."""
+        for start in range(0, len(ids), self.together):
+            try:
+                for reply in self.grid.pull_messages(ids[start : start + self.together]):
+                    yield reply.metadata.reply_to_message_id, reply
+            except Exception as error:
+                self.grid.get_node_ids()  # raises if the SuperLink cannot be reached
+                if self.together > 1:
+                    raise
+                yield ids[start], error
 
 
 def clean(text: str) -> str:
@@ -230,8 +241,9 @@ def read_arrays(content: RecordDict, sent: ArrayRecord) -> dict[str, Tensor]:
         values = array.numpy()
         numbers = values.reshape(-1).view(values.real.dtype)  # complex numbers as pairs of real ones
         limit = MAX_FLOAT if np.issubdtype(numbers.dtype, np.floating) else MAX_INTEGER
-        # NaN fails every comparison, so it is also rejected.
-        if values.size and not (-limit <= float(numbers.min()) and float(numbers.max()) <= limit):
+        # NaN fails every comparison, so it is also rejected. A mask of -inf may come back as it was sent.
+        usable = not values.size or (-limit <= float(numbers.min()) and float(numbers.max()) <= limit)
+        if not usable and array.data != like.data:
             raise Rejected(f"array {name!r} is not finite, or has numbers beyond ±{limit:g}")
         tensors[name] = torch.from_numpy(values)
     return tensors

@@ -115,13 +115,13 @@ def wait_for_nodes(grid: Grid, config: RunConfig, before: int | None, *, resumed
     while True:
         nodes = messaging.connected_nodes(grid)
         waited = time.monotonic() - started
-        if len(nodes) >= config.min_available_nodes and len(nodes) == last:
+        enough = len(nodes) >= config.min_available_nodes
+        if enough and (len(nodes) == last or waited > config.node_wait_timeout):
             break
         if waited > config.node_wait_timeout:
             raise UserError(
-                f"Only {len(nodes)} nodes are connected after {config.node_wait_timeout:g} s, and "
-                f"min-available-nodes is {config.min_available_nodes}. Start more nodes, wait longer "
-                "(node-wait-timeout) or ask for fewer (min-available-nodes, min-train-nodes)."
+                f"Only {len(nodes)} nodes are connected after {config.node_wait_timeout:g} s, and min-available-nodes "
+                f"is {config.min_available_nodes}. Start more nodes, or change this setting or node-wait-timeout."
             )
         if waited >= log_at:
             left = config.node_wait_timeout - waited
@@ -207,16 +207,16 @@ def train(
 def weighted_mean(updates: Iterable[tuple[StateDict, int]], like: StateDict) -> StateDict | None:
     """Return the mean of state_dicts, weighted by their numbers of examples; None if there are none.
 
-    FedAvg (McMahan et al. 2017, arXiv:1602.05629, algorithm 1). One running sum is kept, in double
-    precision, and each model is released as soon as it is added. Names, shapes and dtypes are those
-    of `like`; integers, such as the counter of BatchNorm, are rounded.
+    FedAvg (McMahan et al. 2017, arXiv:1602.05629, algorithm 1). One running sum is kept in double precision,
+    and each model is released once it is added. Shapes and dtypes are those of `like`; integers are rounded.
     """
-    sums = {n: torch.zeros(t.shape, dtype=torch.promote_types(t.dtype, torch.float64)) for n, t in like.items()}
+    exact = {name: torch.complex128 if t.is_complex() else torch.float64 for name, t in like.items()}
+    sums = {name: torch.zeros(t.shape, dtype=exact[name]) for name, t in like.items()}
     total = 0
     for arrays, num_examples in updates:
         total += num_examples
         for name, tensor in arrays.items():
-            sums[name].add_(tensor.to(sums[name].dtype), alpha=num_examples)
+            sums[name].add_(tensor.to(exact[name]), alpha=num_examples)
     if not total:
         return None
     means = {name: tensor.div_(total) for name, tensor in sums.items()}

@@ -12,7 +12,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from importlib.metadata import version
@@ -87,11 +87,11 @@ class Stopwatch:
 
 def time_summary(results: Sequence[Row], rounds_left: int) -> str:
     """Return how long the last round took, and how long the rest takes at the median pace so far."""
-    phases = [key for key in RESULT_KEYS if key.startswith("seconds") and results[-1][key] is not None]
-    *parts, total = [f"{key.removeprefix('seconds_')} {results[-1][key]:.1f}" for key in phases]
+    row, names = results[-1], ("nodes", "train", "central", "query", "evaluate")
+    phases = [f"{name} {row[f'seconds_{name}']:.1f}" for name in names if row[f"seconds_{name}"] is not None]
     pace = np.median([row["seconds_total"] for row in results if row["seconds_total"] is not None])
     left = timedelta(seconds=round(float(pace) * rounds_left))
-    return f"Round took {total.removeprefix('total ')} s ({', '.join(parts)}); about {left} left"
+    return f"Round took {row['seconds_total']:.1f} s ({', '.join(phases)}); about {left} left"
 
 
 @dataclass
@@ -142,14 +142,17 @@ def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)
-        if os.name == "posix":  # so that the rename survives a power cut; Windows cannot open a folder
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
     except (OSError, RuntimeError) as error:  # torch.save hides an OSError behind a RuntimeError
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):
+            beside.unlink()
         cause = error if isinstance(error, OSError) else error.__context__ or error
         raise UserError(f"Cannot write {path}: {first_line(cause)}. What was there before is untouched.") from error
+    with suppress(OSError):  # so that the rename survives a power cut; not every system can sync a folder
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def replace_json(path: Path, value: object) -> None:
@@ -222,11 +225,10 @@ def make_directory(config: RunConfig) -> Path:
             path.mkdir(parents=True)
             (path / "checkpoints").mkdir()
             break
-        except FileExistsError:
-            continue
         except OSError as error:
-            reason = f"{error.strerror}; allowed: a folder that can be written to"
-            raise UserError(f"output-dir: cannot make {path}: {reason}") from error
+            if not isinstance(error, FileExistsError) or not path.is_dir():
+                reason = f"{error.strerror}; allowed: a folder that can be written to"
+                raise UserError(f"output-dir: cannot make {path}: {reason}") from error
     return path
 
 
@@ -236,13 +238,15 @@ def locked(directory: Path) -> Iterator[None]:
 
     The operating system releases the lock when the process ends, however it ends.
     """
-    if not directory.is_dir():
-        raise UserError(f"resume-from: there is no directory {directory}; allowed: the directory of a run")
-    lock = FileLock(directory / ".lock")
+    if not (directory / "checkpoints").is_dir():
+        raise UserError(f"resume-from: {directory} is not the directory of a run")
+    lock = FileLock(directory / ".lock", fallback_to_soft=False)
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        run_id = json.loads((directory / "run_config.json").read_text())["run-id"]
+        run_id = "RUN_ID"  # in its first moments, a run has no run_config.json
+        with suppress(OSError, KeyError):
+            run_id = json.loads((directory / "run_config.json").read_text())["run-id"]
         text = f"resume-from: {directory} is in use by run {run_id}. To stop it: flwr stop {run_id}"
         raise UserError(text) from error
     except (NotImplementedError, OSError) as error:
@@ -384,7 +388,8 @@ def plot_results(results: Sequence[Row], class_names: Sequence[str]) -> Figure:
         image = right.imshow(table.T, extent=extent, aspect="auto", vmin=0, vmax=1, interpolation="nearest")
         figure.colorbar(image, ax=right, label="accuracy")
         if len(class_names) <= 30:
-            right.set_yticks(range(len(class_names)), class_names)
+            names = [name.replace("$", r"\$") for name in class_names]  # Matplotlib reads $...$ as a formula
+            right.set_yticks(range(len(class_names)), names)
     right.set(xlabel="round", title="Central accuracy of each class")
     for axes in (left, middle, right):
         axes.locator_params(axis="x", integer=True)

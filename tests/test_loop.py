@@ -320,6 +320,21 @@ def test_too_few_nodes_end_a_run_before_the_first_round(app):
     assert grid.sent == []
 
 
+def test_enough_nodes_that_come_and_go_do_not_hold_up_a_run(app):
+    grid = app.grid()
+    grid.simulated = False
+    everyone = list(grid.contexts)
+    nodes = grid.get_nodes
+
+    def churn():
+        grid.connected = set(everyone[: 4 + len(grid.connected) % 2])  # 4 and 5 in turn
+        return nodes()
+
+    grid.get_nodes = churn
+    rows = results(app.run(grid, node_wait_timeout=0.1, num_server_rounds=1))
+    assert rows[1]["nodes_available"] in (4, 5)
+
+
 def test_nodes_that_register_while_the_run_starts_take_part(app):
     grid = app.grid()
     everyone = sorted(grid.contexts, key=grid.partition)

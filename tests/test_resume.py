@@ -252,11 +252,12 @@ def test_other_labels_are_other_data(app, monkeypatch):
 
 
 def test_what_cannot_be_resumed_is_one_clear_error(app, tmp_path):
-    with pytest.raises(UserError, match="resume-from: there is no directory"):
+    with pytest.raises(UserError, match="is not the directory of a run"):
         app.run(resume_from=str(tmp_path / "nothing"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"is not a checkpoint.*No such file"):
+    with pytest.raises(UserError, match="is not the directory of a run"):
         app.run(resume_from=str(tmp_path / "empty"))
+    assert not list((tmp_path / "empty").iterdir())
     (tmp_path / "other" / "checkpoints").mkdir(parents=True)
     state = {"model": {}, "colour": "blue"}
     for content in ({"w": torch.ones(2)}, [1], 7, {"identity": {}, "state": state}):

@@ -563,6 +563,20 @@ def test_images_of_varying_size_and_mode_become_32x32_rgb(tmp_path):
     assert data.images[1, :, 16, 16].tolist() == [1, 2, 3]
 
 
+def test_one_image_of_colour_anywhere_makes_all_of_them_rgb(tmp_path):
+    """The files of class folders come class by class."""
+    images = [*grey(*[5] * 119), Image.new("RGB", (28, 28), (1, 2, 3))]
+    data = task.load_test_split(saved(tmp_path, table({"a": IMAGE, "b": LABEL}, {"a": images, "b": [0] * 120})))
+    assert data.images.shape == (120, 3, 28, 28)
+
+
+def test_images_of_16_bits_are_an_error_and_not_white(tmp_path):
+    images = [Image.fromarray(np.full((28, 28), 4000, np.uint16))]
+    rows = table({"a": IMAGE, "b": LABEL}, {"a": images, "b": [0]})
+    with pytest.raises(task.DataError, match="an image has mode I;16; convert the images to 8 bits a channel"):
+        task.load_test_split(saved(tmp_path, rows))
+
+
 def test_grey_images_of_two_sizes_become_32x32(tmp_path):
     images = [*grey(9, size=(32, 32)), *grey(7), Image.new("1", (64, 64), 1)]
     data = task.load_test_split(saved(tmp_path, table({"a": IMAGE, "b": LABEL}, {"a": images, "b": [0, 1, 0]})))

@@ -1,5 +1,6 @@
 """Schedules, random streams, files that are replaced whole, the run directory, the plot and W&B."""
 
+import io
 import itertools
 import json
 import os
@@ -126,13 +127,12 @@ def test_a_file_and_its_folder_survive_a_power_cut(tmp_path, monkeypatch, system
         real["fsync"](descriptor)
 
     def opened(name, *args):
-        assert system == "posix", "Windows cannot open a folder"
+        if system == "nt":
+            raise PermissionError("Windows cannot open a folder")
         folders.append(real["open"](name, *args))
         return folders[-1]
 
-    # Not os.name itself, by which pathlib chooses its classes.
-    fake = SimpleNamespace(**{name: getattr(os, name) for name in ("O_RDONLY", "close")})
-    fake.name, fake.fsync, fake.open = system, fsync, opened
+    fake = SimpleNamespace(O_RDONLY=os.O_RDONLY, close=os.close, fsync=fsync, open=opened)
     monkeypatch.setattr(utils, "os", fake)
     utils.replace_json(path, [1])
     assert done == [("file", False), ("folder", True)][: 2 if system == "posix" else 1]
@@ -231,6 +231,25 @@ def test_an_output_directory_that_cannot_be_used_is_one_clear_error(tmp_path):
             utils.make_directory(config(output_dir=str(folder)))
 
 
+def test_a_link_to_nowhere_as_output_directory_is_one_clear_error(tmp_path):
+    (tmp_path / "outputs").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"output-dir: cannot make .*File exists"):
+        utils.make_directory(config(output_dir=str(tmp_path / "outputs")))
+
+
+def test_a_file_system_that_cannot_sync_a_folder_is_good_enough(tmp_path, monkeypatch):
+    real = os.fsync
+
+    def fsync(descriptor):
+        if os.fstat(descriptor).st_ino == tmp_path.stat().st_ino:
+            raise OSError(22, "Invalid argument")
+        real(descriptor)
+
+    monkeypatch.setattr(utils.os, "fsync", fsync)
+    utils.replace_json(tmp_path / "x.json", [1])
+    assert json.loads((tmp_path / "x.json").read_text()) == [1]
+
+
 def test_a_home_directory_may_be_written_as_a_tilde(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert utils.make_directory(config(output_dir="~/runs")).is_relative_to(tmp_path / "runs")
@@ -311,6 +330,9 @@ def test_a_second_run_is_refused_until_the_first_is_killed(app, quick_plot, othe
 
 
 def test_a_lock_is_released_when_a_run_ends_or_fails(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    with utils.locked(tmp_path), pytest.raises(UserError, match="flwr stop RUN_ID"), utils.locked(tmp_path):
+        pass  # it has no run_config.json yet
     utils.replace_json(tmp_path / "run_config.json", {"run-id": "7"})
     for _ in range(2):
         with pytest.raises(KeyError), utils.locked(tmp_path):
@@ -325,6 +347,7 @@ def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, caplog,
         raise error
 
     monkeypatch.setattr(utils.FileLock, "acquire", acquire)
+    (tmp_path / "checkpoints").mkdir()
     with utils.locked(tmp_path):
         pass
     (warning,) = caplog.records
@@ -332,7 +355,10 @@ def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, caplog,
 
 
 def test_a_directory_that_is_not_there_is_one_clear_error(tmp_path):
-    with pytest.raises(UserError, match="resume-from: there is no directory"), utils.locked(tmp_path / "none"):
+    with (
+        pytest.raises(UserError, match=r"resume-from: .*none is not the directory of a run"),
+        utils.locked(tmp_path / "none"),
+    ):
         pass
 
 
@@ -395,6 +421,8 @@ def test_the_plot_shows_the_accuracy_of_each_class():
     assert image.get_clim() == (0, 1)
     assert [text.get_text() for text in right.get_yticklabels()] == ["a", "b", "c"]
     assert bar.get_ylabel() == "accuracy"
+    money = utils.plot_results(rows_with(centralized_accuracy_per_class=table), ["1 $", "2 $", "3"])
+    money.savefig(io.BytesIO())  # a formula in Matplotlib's eyes
     many = [str(number) for number in range(31)]
     figure = utils.plot_results(rows_with(centralized_accuracy_per_class=[[0.5] * 31]), many)
     assert len(figure.axes[2].get_yticks()) < 31
