@@ -162,6 +162,9 @@ class FlowerCli:
             "FLWR_TELEMETRY_ENABLED": "0",
             "PYTHONUNBUFFERED": "1",
         }
+        # W&B leaves the address of its process in the environment of the process that has used it. A run
+        # that joined it would find its W&B id still in use by the run that was killed before it.
+        self.env.pop("WANDB_SERVICE", None)
         self.env |= env or {}
 
     def __call__(self, *args: str, timeout: float = 600) -> str:

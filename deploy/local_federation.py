@@ -20,6 +20,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -204,7 +205,7 @@ class Federation:
         with signals_held():
             self.superlink = self._start(command, log)
         deadline = time.monotonic() + 60
-        while self._nodes() is None:
+        while not self._listens() or self._nodes() is None:
             if self.superlink.poll() is not None or time.monotonic() > deadline:
                 raise FederationError(f"the SuperLink did not start; {last_lines(log)}")
 
@@ -287,6 +288,13 @@ class Federation:
         os.truncate(self._lock, 0)
         os.write(self._lock, f"{os.getpid()}\n".encode())
 
+    def _listens(self) -> bool:
+        """Return whether the SuperLink's port is open, which is sooner known than what `flwr` would say."""
+        with contextlib.suppress(OSError), socket.create_connection((HOST, self.port), timeout=1):
+            return True
+        time.sleep(0.1)
+        return False
+
     def _nodes(self) -> list[dict[str, str]] | None:
         """Return the SuperLink's list of nodes, or None if it does not answer."""
         answer = self.flwr("supernode", "ls", "--format", "json")
@@ -316,7 +324,7 @@ class Federation:
             if not told:
                 print("Waiting until the SuperNodes of an earlier start are offline (about a minute) ...", flush=True)
                 told = True
-            time.sleep(1)
+            time.sleep(3)  # asking takes a second of CPU time
 
     def _write_flower_configuration(self) -> None:
         """Write the address of this SuperLink, whose port differs at each start, for the `flwr` command."""

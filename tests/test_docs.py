@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
 
@@ -329,7 +330,7 @@ def test_the_steps_for_several_machines_work(tmp_path, tiny_dataset):
     home = {folder: FlowerCli(folder / ".flwr").env for folder in (server, node, desk)}
     write_partitions(tmp_path / "parts", 1, tiny_dataset, "iid", 1.0, 42)
     port = free_port()
-    settings = "num-server-rounds=1 min-available-nodes=1 min-train-nodes=1 opt-in-probability=1.0 use-wandb=false"
+    settings = "num-server-rounds=1 min-available-nodes=1 min-train-nodes=1 opt-in-probability=0.0 use-wandb=false"
     here = {
         "server.example.org": HOST, "0.0.0.0": HOST, "8000": str(port), "/path/to/ca.crt": str(desk / "ca.crt"),
         "/path/to/data": str(tmp_path / "parts" / "node-0"),
@@ -361,6 +362,7 @@ def test_the_steps_for_several_machines_work(tmp_path, tiny_dataset):
 
         processes.append(start(superlink, server, home[server], server / "log"))
         nodes = ["flwr", "supernode", "ls", "production", "--format", "json"]
+        wait_for(lambda: "Uvicorn running" in (server / "log").read_text())
         wait_for(lambda: '"success": true' in FlowerCli(desk / ".flwr")(*nodes[1:]))
         do(register, desk, home[desk])
         processes.append(start([*supernode, "--port", str(free_port())], node, home[node], node / "log"))
@@ -371,7 +373,7 @@ def test_the_steps_for_several_machines_work(tmp_path, tiny_dataset):
     (directory,) = (server / "outputs").glob("*/*")
     row = results(directory)[1]
     assert (row["nodes_available"], row["train_received"]) == (1, 1), log
-    assert row["evaluate_received"] == row["query_received"]
+    assert (row["query_sent"], row["opted_in"]) == (1, 0)  # test_deployment.py has an evaluation
     assert (directory / "final_model.pt").exists()
 
 
@@ -430,24 +432,40 @@ def test_the_wrong_settings_are_refused_by_flower():
                 parse_config_args([wrong])
 
 
-@pytest.mark.e2e
-@pytest.mark.timeout(300)
-def test_the_commands_for_ci_tell_the_truth(tmp_path, tiny_dataset):
+@pytest.fixture(scope="module")
+def ci(tmp_path_factory):
+    """Run the commands for CI as they are, and with a data set that is not there; return how they end, and where."""
     script = re.search(r"<!-- example: ci -->\n```shell\n(.*?)```", TROUBLESHOOTING, re.DOTALL).group(1)
-    settings = "num-server-rounds=1"
+    settings = '"num-server-rounds=1"'
     assert settings in script
-    with LocalSuperLink(tmp_path / "home") as link:
+    with LocalSuperLink(tmp_path_factory.mktemp("ci") / "home") as link, ThreadPoolExecutor() as pool:
 
-        def run(dataset: str) -> subprocess.CompletedProcess:
-            there = script.replace(settings, f"{settings} use-wandb=false dataset='{dataset}'")
+        def run(there: str) -> subprocess.CompletedProcess:
             return subprocess.run(
                 ["sh", "-c", there], cwd=PROJECT, env=link.flwr.env, capture_output=True, text=True, check=False
             )
 
-        good, bad = run(tiny_dataset), run("/nowhere")
+        good, bad = pool.map(run, (script, script.replace(settings, "\"dataset='/nowhere'\"")))
+    return good, bad, link.flwr.home / "outputs"
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(300)
+def test_the_commands_for_ci_tell_the_truth(ci):
+    good, bad, outputs = ci
     assert good.returncode == 0, good.stdout + good.stderr
     assert bad.returncode == 1, bad.stdout + bad.stderr
-    assert "there is no folder /nowhere" in bad.stdout
+    assert "Cannot use dataset '/nowhere': there is no folder /nowhere" in bad.stdout
+    assert len(list(outputs.glob("*/*"))) == 1  # that of the run that was completed
+
+
+@pytest.mark.e2e
+def test_the_defaults_run_as_they_are_and_say_how_to_simulate_fifty_nodes(ci):
+    good, _, outputs = ci
+    assert "num-supernodes=50" in good.stdout
+    assert "W&B is offline" in good.stdout
+    (directory,) = outputs.glob("*/*")
+    assert results(directory)[1]["nodes_available"] == 2
 
 
 def test_torch_loads_what_the_reference_says(app):

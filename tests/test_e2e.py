@@ -9,19 +9,36 @@ import subprocess
 import tempfile
 import time
 import zipfile
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks.simulation import LocalSuperLink
-from deploy.cli import BIN, PROJECT, FinishedRun, family, free_port, start, stop
+from deploy.cli import BIN, PROJECT, FinishedRun, FlowerCli, free_port, running, start, stop
 from tests.conftest import model, results, same_bits, wait_for
 from tests.wandb_files import wandb_rounds
 
-pytestmark = pytest.mark.e2e
+ACTIONS = ["SIGKILL"] * int(os.environ.get("KILLS", "1")) + ["SIGTERM", "flwr stop"]
+ROUNDS = 3 * len(ACTIONS) + 13  # three at most for each signal; a run ends some seconds after `flwr stop`
+SETTINGS = {
+    "nodes": 6,
+    "partitioner": "iid",
+    "num_server_rounds": ROUNDS,
+    "fraction_clients_train": 0.5,
+    "query_max_delay": 0.2,  # so that a round takes half a second on a fast machine, too
+    "query_timeout": 60.0,
+    "use_wandb": False,
+}
+ONE_WORKER = {"cpus": os.cpu_count() or 1}  # all CPUs for one client; starting a worker takes 6 s of CPU time
+LATE = {"nodes": 20, "num_server_rounds": 2, "query_timeout": 2.0, "query_max_delay": 1.0}
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300 + 60 * len(ACTIONS))]
+FILES = {
+    ".lock", ".holder", "run_config.json", "results.json", "metrics.png", "final_model.pt",
+    "checkpoints/best.pt", "checkpoints/last.pt",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -30,179 +47,71 @@ def superlink(tmp_path_factory):
         yield superlink
 
 
-SETTINGS = {
-    "partitioner": "iid",
-    "num_server_rounds": 2,
-    "fraction_clients_train": 0.5,
-    "query_max_delay": 0.3,  # so that a round takes half a second on a fast machine, too: `flwr stop` needs some
-    "query_timeout": 60.0,
-    "use_wandb": False,
-}
-
-
-@pytest.fixture
+@pytest.fixture(scope="module")
 def settings(tiny_dataset) -> dict:
     return SETTINGS | {"dataset": tiny_dataset}
 
 
-def files_of(directory: Path) -> set[str]:
-    return {str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file()}
-
-
-FILES = {
-    ".lock", ".holder", "run_config.json", "results.json", "metrics.png", "final_model.pt",
-    "checkpoints/best.pt", "checkpoints/last.pt",
-}  # fmt: skip
-
-
-ACTIONS = ["SIGKILL"] * int(os.environ.get("KILLS", "1")) + ["SIGTERM", "flwr stop"]
-ROUNDS = 2 * len(ACTIONS) + 40  # two at most for each signal; `flwr stop` and the stream of the log take more
-
-
-def side_by_side(superlink: LocalSuperLink, *runs: dict) -> list[FinishedRun]:
-    """Runs at the same time: they wait for a good part of theirs."""
-    with ThreadPoolExecutor() as pool:
-        return list(pool.map(lambda run: superlink.run(**run), runs))
-
-
 @pytest.fixture(scope="module")
-def two_workers_and_one(superlink, tiny_dataset):
-    """The same run on as many workers as there are CPUs, and on a single one."""
-    settings = SETTINGS | {"dataset": tiny_dataset, "num_server_rounds": ROUNDS, "nodes": 6}
-    runs = side_by_side(superlink, settings, settings | {"cpus": os.cpu_count() or 1})
-    for run in runs:
-        assert run.status == "finished:completed", run.log
-    return runs
+def finished(superlink, settings, tmp_path_factory) -> Iterator[Callable[[str], FinishedRun]]:
+    """Starts the runs that nothing interrupts, one after the other, while the first test does something else.
+
+    Returns a function that waits for one of them.
+    """
+    outputs = tmp_path_factory.mktemp("nothing") / "outputs"
+    wrong = {"learning_rate": -1.0, "batch_size": 0, "use_wandb": "no", "output_dir": str(outputs)}
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        runs = {
+            "on two Ray nodes": pool.submit(run_on_two_ray_nodes, tmp_path_factory.mktemp("ray"), settings),
+            "with late answers": pool.submit(superlink.run, **settings | LATE | ONE_WORKER),
+            "with too many nodes": pool.submit(
+                superlink.run, **settings | {"nodes": 30, "num_server_rounds": 1} | ONE_WORKER
+            ),
+            "with a wrong configuration": pool.submit(superlink.run, **settings | wrong | ONE_WORKER),
+        }
+        yield lambda name: runs[name].result()
+        pool.shutdown(cancel_futures=True)
 
 
-@pytest.fixture(scope="module")
-def whole(two_workers_and_one):
-    """A run that nothing interrupts."""
-    return two_workers_and_one[0]
-
-
-def test_one_worker_and_two_give_the_same_bits(two_workers_and_one):
-    two, one = two_workers_and_one
-    for run in (two, one):
-        assert files_of(run.directory) == FILES
-    assert results(one.directory) == results(two.directory)
-    assert same_bits(model(one.directory), model(two.directory))
-
-
-def test_late_answers_are_left_out_and_do_not_hold_up_the_evaluation(superlink, settings):
-    run = superlink.run(nodes=20, **settings | {"query_timeout": 1.0, "query_max_delay": 0.5})
-    assert run.status == "finished:completed", run.log
-    for row in run.results[1:]:
-        assert row["query_sent"] == 20
-        assert 0 < row["query_received"] < 20
-        assert 0.9 <= row["seconds_central"] + row["seconds_query"] < 1.8
-        assert row["evaluate_received"] == row["opted_in"]
-        # Behind the deadline lie more than a second of answers that sleepers would still give.
-        assert row["seconds_evaluate"] < 1.5
-    assert "ERROR" not in run.log
-
-
-def test_the_defaults_run_as_they_are_and_say_how_to_simulate_fifty_nodes(superlink):
-    run = superlink.run(num_server_rounds=1, dataset="fashion-mnist-sample")
-    assert run.status == "finished:completed", run.log
-    assert "num-supernodes=50" in run.log
-    assert "W&B is offline" in run.log
-    assert run.results[1]["nodes_available"] == 2
-
-
-def test_what_the_user_has_got_wrong_ends_the_run_with_one_error_and_leaves_nothing(superlink, tmp_path):
-    outputs = tmp_path / "outputs"
-    common = {"nodes": 2, "output_dir": str(outputs)}
-    configuration, data = side_by_side(
-        superlink,
-        common | {"learning_rate": -1.0, "batch_size": 0, "use_wandb": "no"},
-        common | {"dataset": "/no/such/folder"},
-    )
-    assert [line.split(":")[0] for line in configuration.log.splitlines() if line.startswith("  - ")] == [
-        "  - batch-size", "  - learning-rate", "  - use-wandb"
-    ]  # fmt: skip
-    assert "Cannot use dataset '/no/such/folder'" in data.log
-    assert [run.status for run in (configuration, data)] == ["finished:failed"] * 2
-    assert not outputs.exists()
-
-
-def test_nodes_that_fail_alike_are_one_line_of_the_log(superlink, settings):
-    run = superlink.run(nodes=30, **settings | {"num_server_rounds": 1})
-    assert run.status == "finished:failed"
-    reason = "120 training images are too few for 30 nodes"
-    (warning,) = [line for line in run.log.splitlines() if "left out" in line and "(train)" in line]
-    assert "15 nodes (node " in warning
-    assert reason in warning
-    assert "Nothing was learned" in run.log
-    assert len(run.log.splitlines()) < 120  # most of them are the stack of the error that ends the run
-
-
-@pytest.fixture
-def ray_folder():
-    with tempfile.TemporaryDirectory(prefix="ray-") as name:  # Ray's sockets have paths of 107 bytes at most
-        yield name
-
-
-def test_a_ray_cluster_of_two_nodes_gives_the_same_bits(whole, settings, tmp_path, ray_folder):
-    address = f"127.0.0.1:{free_port()}"
-    env = os.environ | {"RAY_TMPDIR": ray_folder}
-    head = [
-        "ray",
-        "start",
-        "--head",
-        "--port",
-        address.split(":")[1],
-        "--num-cpus",
-        "1",
-        "--include-dashboard",
-        "false",
-    ]
-    more = ["ray", "start", "--address", address, "--num-cpus", "1"]
-    nodes = []
-    try:
-        for command in (head, more):
-            nodes.append(start([str(BIN / command[0]), *command[1:], "--block"], tmp_path, env, tmp_path / "ray.log"))
-            wait_for(lambda: (tmp_path / "ray.log").read_text().count("Ray runtime started") == len(nodes))
-        with LocalSuperLink(tmp_path / "flower", {"RAY_ADDRESS": address}) as superlink:
-            run = superlink.run(nodes=6, **settings)
-    finally:
-        for process in reversed(nodes):
-            stop(process)
-    assert run.status == "finished:completed", run.log
-    assert results(run.directory) == results(whole.directory)[:3]
+def run_on_two_ray_nodes(folder: Path, settings: dict) -> FinishedRun:
+    """Run on a Ray cluster of two nodes with one CPU, so one worker, each."""
+    address, log = f"127.0.0.1:{free_port()}", folder / "ray.log"
+    head = ["--head", "--port", address.split(":")[1], "--include-dashboard", "false"]
+    nodes: list[subprocess.Popen] = []
+    with tempfile.TemporaryDirectory(prefix="ray-") as short:  # Ray's sockets have paths of 107 bytes at most
+        try:
+            for options in (head, ["--address", address]):
+                command = [str(BIN / "ray"), "start", *options, "--num-cpus", "1", "--block"]
+                nodes.append(start(command, folder, os.environ | {"RAY_TMPDIR": short}, log))
+                wait_for(lambda: log.read_text().count("Ray runtime started") == len(nodes))
+            with LocalSuperLink(folder / "flower", {"RAY_ADDRESS": address}) as superlink:
+                return superlink.run(**settings)
+        finally:
+            stop(*reversed(nodes))
 
 
 # ------------------------------------------------------------------------ Kill, stop, resume
 
 
-def simulations(superlink: LocalSuperLink) -> list[int]:
-    """The processes in which the ServerApp runs now: among those that the SuperLink started."""
-    return [pid for pid, args in family(superlink.process.pid).items() if "flwr-simulation" in args]
+def start_run(superlink: LocalSuperLink, **settings) -> tuple[str, Path]:
+    """Start a run; return its id and its directory as soon as it has one."""
+    log, lines = "", superlink.lines(**settings)
+    for line in lines:
+        log += re.sub(r"\x1b\[\d+m", "", line)
+        if found := re.search(r"📂 (?:Run directory|Resuming after round \d+): (.+)", log):
+            lines.close()  # ends `flwr run --stream`, not the run
+            return re.search(r"Successfully started run (\d+)", log).group(1), Path(found.group(1))
+    raise AssertionError(f"the run ended by itself:\n{log}")
 
 
-def run_until(superlink: LocalSuperLink, pattern: str, seconds: float, action, **settings) -> Path:
-    """Start a run; `seconds` after a line of its log matches, act on its process; return its directory."""
-    directory, run_id, log = None, "", ""
-    for line in superlink.lines(nodes=6, **settings):
-        log += line
-        plain = re.sub(r"\x1b\[\d+m", "", line)
-        if found := re.search(r"Successfully started run (\d+)", plain):
-            run_id = found.group(1)
-        if found := re.search(r"📂 (?:Run directory|Resuming after round -?\d+): (.+)", plain):
-            directory = Path(found.group(1))
-        if re.search(pattern, plain):
-            time.sleep(seconds)
-            (pid,) = simulations(superlink)
-            action(pid, run_id)
-            break
+def interrupt(superlink: LocalSuperLink, how: str, run_id: str, directory: Path) -> None:
+    """Stop a run, and wait until its process has ended."""
+    pid = int(re.search(r"\(process (\d+) on ", (directory / ".holder").read_text()).group(1))
+    if how == "flwr stop":
+        superlink.flwr("stop", run_id)
     else:
-        pytest.fail(f"the run ended by itself:\n{log}")
-    deadline = time.monotonic() + 60
-    while simulations(superlink) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not simulations(superlink)
-    assert directory
-    return directory
+        os.kill(pid, signal.Signals[how])
+    wait_for(lambda: pid not in running())
 
 
 def check_files(directory: Path) -> None:
@@ -216,36 +125,88 @@ def check_files(directory: Path) -> None:
             assert path.read_bytes()[-8:-4] == b"IEND"
 
 
-def interrupt(superlink: LocalSuperLink, how: str, pid: int, run_id: str) -> None:
-    if how == "flwr stop":
-        superlink.flwr("stop", run_id)
-    else:
-        os.kill(pid, signal.Signals[how])
-
-
-def test_a_run_that_is_killed_and_stopped_ends_with_the_bits_of_one_that_is_not(superlink, whole, settings):
-    """KILLS=20 in the environment kills more often than the suite has time for."""
-    settings |= {"num_server_rounds": ROUNDS, "use_wandb": True}
-    rng, directory, done = random.Random(os.environ.get("KILL_SEED", "0")), "", 0
+@pytest.fixture(scope="module")
+def resumed(superlink, settings, finished) -> FinishedRun:
+    """A run on one worker that is killed, stopped and resumed until it is finished."""
+    settings = settings | {"use_wandb": True} | ONE_WORKER
+    rng, directory, seen = random.Random(os.environ.get("KILL_SEED", "0")), "", []
     for how in ACTIONS:
-        delay = rng.uniform(0, 0.8)  # about a round
-        second_round = rf"Starting round {done + 2}/"
-        action = partial(interrupt, superlink, how)
-        directory = run_until(superlink, second_round, delay, action, **settings, resume_from=str(directory))
+        run_id, directory = start_run(superlink, **settings, resume_from=str(directory))
+        done = len(seen)  # rows: round 0 has one, too
+        wait_for(lambda d=directory, n=done: (d / "results.json").exists() and len(results(d)) > max(n, 1))
+        time.sleep(rng.uniform(0, 0.8))  # about a round
+        interrupt(superlink, how, run_id, directory)
         check_files(directory)
         rows = results(directory)
-        assert rows == results(whole.directory)[: len(rows)]  # nothing is lost but the round in flight
-        assert done + 1 <= len(rows) - 1 < ROUNDS
-        done = len(rows) - 1
-    resumed = superlink.run(nodes=6, **settings, resume_from=str(directory))
+        assert rows[:done] == seen  # nothing is lost but the round in flight
+        assert done < len(rows) <= ROUNDS, how
+        seen = rows
+    resumed = superlink.run(**settings, resume_from=str(directory))
     assert resumed.status == "finished:completed", resumed.log
     assert resumed.directory == directory
-    assert results(directory) == results(whole.directory)
-    assert same_bits(model(directory), model(whole.directory))
-    assert same_bits(model(directory, "checkpoints/best.pt"), model(whole.directory, "checkpoints/best.pt"))
+    assert results(directory)[: len(seen)] == seen
+    return resumed
+
+
+def test_a_run_that_is_killed_and_stopped_ends_with_the_bits_of_one_that_is_not(resumed, finished):
+    """KILLS=20 in the environment kills more often than the suite has time for."""
+    whole = finished("on two Ray nodes")
+    assert results(resumed.directory) == results(whole.directory)
+    for name in ("final_model.pt", "checkpoints/best.pt"):
+        assert same_bits(model(resumed.directory, name), model(whole.directory, name))
     # W&B writes its file every 15 s, so a kill takes some rounds; the resumed run logs all of them again.
-    newest = max((directory / "wandb").glob("offline-run-*"), key=lambda path: path.stat().st_mtime)
-    assert wandb_rounds(newest) == list(range(ROUNDS + 1))
+    folder = Path(re.search(r"wandb sync (\S+)", resumed.log).group(1))
+    assert wandb_rounds(folder) == list(range(ROUNDS + 1))
+
+
+def test_a_ray_cluster_of_two_nodes_gives_the_same_bits(resumed, finished):
+    """The same bits as one worker on one node, and exactly the files of a run."""
+    whole = finished("on two Ray nodes")
+    assert whole.status == "finished:completed", whole.log
+    assert {str(p.relative_to(whole.directory)) for p in whole.directory.rglob("*") if p.is_file()} == FILES
+    assert results(whole.directory) == results(resumed.directory)
+    assert same_bits(model(whole.directory), model(resumed.directory))
+
+
+def test_a_run_does_not_join_the_wandb_process_of_the_tests(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_SERVICE", "3-1-unix-/nowhere")
+    assert "WANDB_SERVICE" not in FlowerCli(tmp_path).env
+
+
+# ---------------------------------------------------------------------------- Without interruption
+
+
+def test_late_answers_are_left_out_and_do_not_hold_up_the_evaluation(finished):
+    run = finished("with late answers")
+    assert run.status == "finished:completed", run.log
+    for row in run.results[1:]:
+        assert row["query_sent"] == 20
+        assert 0 < row["query_received"] < 20
+        # The answers of all take ten seconds; after the deadline, eight of them are left.
+        assert 1.9 <= row["seconds_central"] + row["seconds_query"] < 6
+        assert row["evaluate_received"] == row["opted_in"]
+        assert row["seconds_evaluate"] < 6
+    assert "ERROR" not in run.log
+
+
+def test_nodes_that_fail_alike_are_one_line_of_the_log(finished):
+    run = finished("with too many nodes")
+    assert run.status == "finished:failed"
+    reason = "120 training images are too few for 30 nodes"
+    (warning,) = [line for line in run.log.splitlines() if "left out" in line and "(train)" in line]
+    assert "15 nodes (node " in warning
+    assert reason in warning
+    assert "Nothing was learned" in run.log
+    assert len(run.log.splitlines()) < 120  # most of them are the stack of the error that ends the run
+
+
+def test_a_wrong_configuration_ends_the_run_with_one_error_and_leaves_nothing(finished, tmp_path_factory):
+    run = finished("with a wrong configuration")
+    assert run.status == "finished:failed"
+    assert [line.split(":")[0] for line in run.log.splitlines() if line.startswith("  - ")] == [
+        "  - batch-size", "  - learning-rate", "  - use-wandb"
+    ]  # fmt: skip
+    assert not list(tmp_path_factory.getbasetemp().glob("nothing*/*"))
 
 
 # ------------------------------------------------------------------------------- Package

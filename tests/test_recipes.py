@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import Message, MessageType, MetricRecord, RecordDict
+from matplotlib.figure import Figure
 
 from benchmarks.simulation import LocalSuperLink, copy_app
 from tests.conftest import same_bits
@@ -34,6 +36,7 @@ def try_out(tiny_dataset, tmp_path):
     """Run an app; return its grid, the rows of results.json, the final model and the run directory."""
 
     def try_out(app: SimpleNamespace, grid: InProcessGrid | None = None, **overrides) -> SimpleNamespace:
+        app.utils.plot_results = lambda *args: Figure(figsize=(1, 1))  # no recipe changes the plot, which takes long
         settings = {key.replace("_", "-"): value for key, value in overrides.items()}
         config = TINY | {"dataset": tiny_dataset, "output-dir": str(tmp_path / "outputs")} | settings
         grid = run(app, config, grid)
@@ -375,10 +378,9 @@ def test_flower_keeps_the_heads_from_message_to_message(tiny_dataset, tmp_path):
     app = copy_app(tmp_path / "app")
     apply("personal-head", app)
     settings = {"dirichlet_alpha": 0.1, "local_epochs": 5, "fraction_clients_train": 1.0, "opt_in_probability": 1.0}
+    settings |= {"evaluate_every": 9, "query_timeout": 60.0, "query_max_delay": 0.0, "use_wandb": False}
     with LocalSuperLink(tmp_path / "flower") as superlink:
-        done = superlink.run(
-            nodes=3, app=app, dataset=tiny_dataset, use_wandb=False, query_timeout=60.0, query_max_delay=0.0, **settings
-        )
+        done = superlink.run(nodes=3, cpus=os.cpu_count() or 1, app=app, dataset=tiny_dataset, **settings)
     assert done.status == "finished:completed", done.log
     last = done.results[-1]
     assert last["evaluate_received"] == 3

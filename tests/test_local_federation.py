@@ -1,0 +1,226 @@
+"""The commands of deploy/: one starts a federation, another one writes its partitions."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from deploy import prepare_partitions
+from deploy.cli import PROJECT, STOP_SIGNALS, family, running, stop
+from deploy.local_federation import (
+    Federation,
+    FederationError,
+    dataset_of,
+    make_certificates,
+    make_node_key,
+    run_command,
+)
+from deploy.prepare_partitions import write_partitions
+from tests.conftest import wait_for
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+
+
+# ---------------------------------------------------------------------- Starting and stopping
+
+
+def local_federation(state: Path, *options: str) -> subprocess.Popen[str]:
+    """Start the command in a state in which no signal is ignored, as under `nohup`, or in the background."""
+    command = [sys.executable, "-m", "deploy.local_federation", "--nodes", "1", "--state", str(state), *options]
+    return subprocess.Popen(
+        command,
+        cwd=PROJECT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: [signal.signal(each, signal.SIG_DFL) for each in STOP_SIGNALS],  # noqa: PLW1509 (it takes no lock)
+    )
+
+
+def read_until(process: subprocess.Popen[str], text: str) -> str:
+    read = ""
+    for line in process.stdout:
+        read += line
+        if text in line:
+            return read
+    raise AssertionError(read)
+
+
+def using(state: Path) -> list[str]:
+    """The command lines of the processes that use a folder."""
+    return [args for _, args in running().values() if str(state) in args]
+
+
+def stop_by(name: str, process: subprocess.Popen[str], state: Path) -> str:
+    """Stop the command by a signal, check that nothing is left, and return what it printed."""
+    started = family(process.pid)
+    assert started
+    for _ in range(2):  # an impatient user
+        process.send_signal(signal.Signals[name])
+        time.sleep(0.1)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert "Stopping ..." in output
+    assert "Traceback" not in output
+    assert not using(state)
+    assert not started.keys() & running().keys()
+    return output
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """The state of a federation whose command was killed; the ends of two others that were started on it.
+
+    One was started while everything of the first was there, and one when its command was killed.
+    """
+    state = tmp_path_factory.mktemp("killed") / "state"
+    first = local_federation(state)
+    started: set[int] = set()
+    ends = []
+    try:
+        read_until(first, "Ctrl-C stops the federation")
+        started = set(family(first.pid))
+        for command_lives in (True, False):
+            if not command_lives:
+                first.kill()
+                first.wait()
+            other = local_federation(state)
+            output, _ = other.communicate(timeout=60)
+            ends.append((other.returncode, output))
+        (kill,) = re.findall(r"`(kill [\d ]+)`", ends[1][1])
+        subprocess.run(shlex.split(kill), check=True)
+        wait_for(lambda: not using(state))
+    finally:
+        for pid in running().keys() & started:
+            os.kill(pid, signal.SIGKILL)
+        stop(first)
+    return state, first.pid, ends
+
+
+def test_a_second_federation_is_refused_while_any_process_of_the_first_lives(killed):
+    state, pid, ((code, output), (code_later, output_later)) = killed
+    assert (code, code_later) == (1, 1)
+    error = f"error: another local federation uses {state}; stop it with `kill {{}}`, or choose another folder"
+    assert output == f"{error.format(pid)} with --state\n"
+    ids = re.search(r"`kill ([\d ]+)`", output_later).group(1)
+    assert output_later == f"{error.format(ids)} with --state\n"
+    assert str(pid) not in ids.split()
+
+
+@pytest.fixture(scope="module")
+def state(tmp_path_factory) -> Path:
+    """A folder that one federation after the other uses."""
+    return tmp_path_factory.mktemp("signals") / "state"
+
+
+# SIGTERM when the nodes are online: see the next test.
+@pytest.mark.parametrize(
+    ("name", "moment"), [("SIGINT", "starting"), ("SIGTERM", "starting"), ("SIGHUP", "online"), ("SIGINT", "online")]
+)
+def test_every_stop_signal_stops_everything_even_during_the_start(state, name, moment):
+    process = local_federation(state)
+    try:
+        if moment == "online":
+            read_until(process, "Ctrl-C stops the federation")
+        else:
+            wait_for(lambda: any("flower-superlink" in args for args in family(process.pid).values()))
+        stop_by(name, process, state)
+    finally:
+        stop(process)
+
+
+def test_a_federation_starts_again_after_it_was_killed_and_stops_at_sigterm(killed):
+    state = killed[0]
+    process = local_federation(state)
+    try:
+        # The SuperLink takes the killed SuperNode for online for about a minute.
+        read_until(process, "Ctrl-C stops the federation")
+        stop_by("SIGTERM", process, state)
+    finally:
+        stop(process)
+
+
+# ------------------------------------------------------------------------- Files and commands
+
+
+def test_nothing_that_exists_is_overwritten(tmp_path):
+    make_certificates(tmp_path / "certificates")
+    make_node_key(tmp_path / "node")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    make_certificates(tmp_path / "certificates")
+    make_node_key(tmp_path / "node")
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_partitions_are_written_for_each_node_with_a_picture_and_never_over_others(tmp_path, tiny_dataset):
+    command = [sys.executable, "-m", "deploy.prepare_partitions", "--nodes", "3", "--dataset", tiny_dataset]
+    command += ["--out", str(tmp_path / "parts")]
+    first = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert first.returncode == 0, first.stderr
+    made = {p.name for p in (tmp_path / "parts").iterdir()}
+    assert made == {"node-0", "node-1", "node-2", "labels.png", "partitions.json"}
+    assert json.loads((tmp_path / "parts" / "partitions.json").read_text()) == {
+        "dataset": tiny_dataset, "partitioner": "dirichlet", "dirichlet-alpha": 1.0, "seed": 42, "num-partitions": 3,
+    }  # fmt: skip
+    second = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert second.returncode == 2
+    assert "exists" in second.stderr
+
+
+@pytest.mark.parametrize("typed", ["fashion-mnist-sample", "./tiny", "an/unknown-name"])
+def test_the_record_names_a_data_set_so_that_the_server_finds_it(typed, tiny_dataset, tmp_path, monkeypatch):
+    (tmp_path / "tiny").symlink_to(tiny_dataset)
+    monkeypatch.chdir(tmp_path)
+    tiny = prepare_partitions.partitions(tiny_dataset, "iid", 2, 1.0, 42, decoded=False)
+    monkeypatch.setattr(prepare_partitions, "partitions", lambda *args, **kwargs: tiny)
+    write_partitions(tmp_path / "parts", 2, typed, "iid", 1.0, 42)
+    assert dataset_of(tmp_path / "parts") == (tiny_dataset if typed == "./tiny" else typed)
+
+
+def test_a_failed_preparation_leaves_nothing_and_can_be_repeated(tmp_path, monkeypatch, capsys):
+    def full(*args: object) -> None:
+        (tmp_path / "parts" / "node-0").mkdir()
+        raise ValueError("too few images")
+
+    monkeypatch.setattr(prepare_partitions, "write_partitions", full)
+    monkeypatch.setattr(sys, "argv", ["prepare_partitions", "--nodes", "2", "--out", str(tmp_path / "parts")])
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            prepare_partitions.main()
+        assert "error: too few images" in capsys.readouterr().err
+    assert not (tmp_path / "parts").exists()
+
+
+def test_a_broken_record_is_an_error_and_a_missing_one_is_none(tmp_path):
+    assert dataset_of(tmp_path) is None
+    for content in ("{", "[]", "{}"):
+        (tmp_path / "partitions.json").write_text(content)
+        with pytest.raises(FederationError, match=r"partitions\.json has no valid record; create .* again"):
+            dataset_of(tmp_path)
+
+
+@pytest.mark.parametrize("dataset", [None, "fashion-mnist-sample", "/a $HOME/with `date` and \\t", "/it's $HOME/\\t"])
+def test_the_printed_command_gives_flower_the_data_set(dataset, tmp_path):
+    command = run_command(tmp_path / "a folder", dataset)
+    assert re.search(r'--run-config "query-timeout=30\.0.*"$', command)  # one string: a key can be added
+    script = f'flwr() {{ printf "%s\\n" "$FLWR_HOME" "$@"; }}\n{command}'
+    printed = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert printed[:4] == [str(tmp_path / "a folder"), "run", str(PROJECT), "--stream"]
+    config = tomllib.loads("\n".join(re.findall(r"""\S+?=(?:'[^']*'|"[^"]*"|\S+)""", printed[-1])))
+    assert config == {"query-timeout": 30.0} | ({} if dataset is None else {"dataset": dataset})
+
+
+def test_more_nodes_than_folders_are_refused_before_anything_starts(tmp_path):
+    for index in (0, 2):
+        (tmp_path / "data" / f"node-{index}").mkdir(parents=True)
+    with pytest.raises(FederationError, match="data has no folder node-1, but each of the 3 nodes needs its own"):
+        Federation(tmp_path / "state", 3, tmp_path / "data")
+    assert not (tmp_path / "state").exists()
