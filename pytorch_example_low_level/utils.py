@@ -414,6 +414,7 @@ def start_wandb(config: RunConfig, directory: Path, state: ServerState) -> wandb
         run = wandb.init(**options)
     except Exception as error:  # no account, no network, no W&B process, ...: of many classes
         log.info("📈 W&B cannot go online: %s", first_line(error))
+        wandb.teardown()  # the failed attempt may still hold the id of a resumed run
         run = wandb.init(**options, mode="offline")
     run.define_metric("*", step_metric="round")
     sync = f"offline. To upload this run later: wandb sync {Path(run.dir).parent}"

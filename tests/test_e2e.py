@@ -1,5 +1,6 @@
 """Real `flwr run`s, at tiny size, on a SuperLink of the tests' own."""
 
+import contextlib
 import json
 import os
 import random
@@ -36,7 +37,7 @@ ONE_WORKER = {"cpus": os.cpu_count() or 1}  # all CPUs for one client; starting 
 LATE = {"nodes": 20, "num_server_rounds": 2, "query_timeout": 2.0, "query_max_delay": 1.0}
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300 + 60 * len(ACTIONS))]
 FILES = {
-    ".lock", ".holder", "run_config.json", "results.json", "metrics.png", "final_model.pt",
+    ".lock", "run_config.json", "results.json", "metrics.png", "final_model.pt",
     "checkpoints/best.pt", "checkpoints/last.pt",
 }  # fmt: skip
 
@@ -104,9 +105,16 @@ def start_run(superlink: LocalSuperLink, **settings) -> tuple[str, Path]:
     raise AssertionError(f"the run ended by itself:\n{log}")
 
 
+def has_open(pid: int, path: Path) -> bool:
+    with contextlib.suppress(OSError):  # the process has ended, or a file was closed
+        return any(fd.readlink() == path for fd in Path(f"/proc/{pid}/fd").iterdir())
+    return False
+
+
 def interrupt(superlink: LocalSuperLink, how: str, run_id: str, directory: Path) -> None:
     """Stop a run, and wait until its process has ended."""
-    pid = int(re.search(r"\(process (\d+) on ", (directory / ".holder").read_text()).group(1))
+    assert json.loads((directory / "run_config.json").read_text())["run-id"] == run_id
+    (pid,) = [pid for pid in running() if has_open(pid, directory / ".lock")]
     if how == "flwr stop":
         superlink.flwr("stop", run_id)
     else:
