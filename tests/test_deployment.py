@@ -217,7 +217,7 @@ def test_a_run_over_tls_that_was_interrupted_is_bit_identical_to_a_simulation(re
 
 def run_with_a_dead_node(state: Path, settings: dict) -> FinishedRun:
     """Run with two nodes. One is killed while it trains in round 1, and started again when the SuperLink lets it."""
-    settings = settings | {"fraction_clients_train": 1.0, "train_timeout": 45.0, "opt_in_probability": 0.0}
+    settings = settings | {"fraction_clients_train": 1.0, "train_timeout": 90.0, "opt_in_probability": 0.0}
     # Round 1 asks the dead node, too, so it ends when the SuperLink takes it for offline. Round 2 waits for both.
     settings |= {"evaluate_every": 1, "min_available_nodes": 2, "node_wait_timeout": 120.0}
     log = ""
@@ -249,8 +249,9 @@ def test_a_killed_supernode_is_left_out_and_takes_part_again_when_it_is_back(wit
     assert run.status == "finished:completed", run.log
     first, second = run.results[1:]
     assert (first["train_sampled"], first["train_received"], first["train_failed"]) == (2, 1, 1)
-    assert 45 <= first["seconds_train"] < 60
-    assert re.search(r"Round 1: left out node \d+ \(train\): no reply within", run.log)
+    # The round goes on at the deadline, or as soon as the SuperLink says that the node is offline.
+    assert first["seconds_train"] < 105
+    assert re.search(r"Round 1: left out node \d+ \(train\): ", run.log)
     assert (second["train_sampled"], second["train_received"]) == (2, 2)
 
 
