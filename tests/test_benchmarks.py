@@ -307,7 +307,7 @@ def test_the_big_model_has_25_mb(monkeypatch, tmp_path):
     assert 25e6 < sum(p.numel() * 4 for p in module.make_model(1, 10).parameters()) < 25.5e6
 
 
-def test_the_local_federation_prints_the_command_for_it_and_ends_at_ctrl_c(monkeypatch, tmp_path, capsys):
+def test_the_local_federation_prints_its_command_and_ends_at_ctrl_c(monkeypatch, tmp_path, capsys):
     ended = []
 
     class Federation:
@@ -349,7 +349,7 @@ def test_the_floor_does_the_work_of_the_rounds_of_the_app(app):
         assert [number for part, number in pieces if part == "test"] == [0, 1, 2, 3]
 
 
-def test_the_federated_figure_of_all_nodes_is_that_of_a_round_in_which_all_opt_in(app):
+def test_the_federated_figure_is_that_of_a_round_with_all_nodes(app):
     directory = app.run(opt_in_probability=1.0, num_server_rounds=1)
     accuracies, sizes, _ = evaluate_nodes(directory, 5)
     assert np.average(accuracies, weights=sizes) == pytest.approx(

@@ -244,7 +244,7 @@ def kill_while_it_trains(federation: Federation, index: int) -> None:
     node.wait()
 
 
-def test_a_killed_supernode_is_left_out_and_takes_part_again_when_it_is_back(with_a_dead_node):
+def test_a_killed_supernode_is_left_out_until_it_is_back(with_a_dead_node):
     run = with_a_dead_node.result()
     assert run.status == "finished:completed", run.log
     first, second = run.results[1:]
@@ -258,7 +258,7 @@ def test_a_killed_supernode_is_left_out_and_takes_part_again_when_it_is_back(wit
 # --------------------------------------------------------------------------------- Secrets
 
 
-def test_private_keys_are_for_their_owner_only_and_nothing_secret_leaks(federation):
+def test_private_keys_are_private_and_nothing_secret_leaks(federation):
     private = [*federation.state.glob("keys/node-?"), federation.certificates / "server.key"]
     assert len(private) == NODES + 1
     secrets = []

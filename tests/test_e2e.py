@@ -156,7 +156,7 @@ def resumed(superlink, settings, finished) -> FinishedRun:
     return resumed
 
 
-def test_a_run_that_is_killed_and_stopped_ends_with_the_bits_of_one_that_is_not(resumed, finished):
+def test_a_killed_and_stopped_run_has_the_bits_of_a_whole_one(resumed, finished):
     """KILLS=20 in the environment kills more often than the suite has time for."""
     whole = finished("on two Ray nodes")
     assert results(resumed.directory) == results(whole.directory)
@@ -184,7 +184,7 @@ def test_a_run_does_not_join_the_wandb_process_of_the_tests(tmp_path, monkeypatc
 # ---------------------------------------------------------------------------- Without interruption
 
 
-def test_late_answers_are_left_out_and_do_not_hold_up_the_evaluation(finished):
+def test_late_answers_do_not_hold_up_the_evaluation(finished):
     run = finished("with late answers")
     assert run.status == "finished:completed", run.log
     for row in run.results[1:]:
@@ -208,7 +208,7 @@ def test_nodes_that_fail_alike_are_one_line_of_the_log(finished):
     assert len(run.log.splitlines()) < 120  # most of them are the stack of the error that ends the run
 
 
-def test_a_wrong_configuration_ends_the_run_with_one_error_and_leaves_nothing(finished, tmp_path_factory):
+def test_a_wrong_configuration_is_one_error_and_leaves_nothing(finished, tmp_path_factory):
     run = finished("with a wrong configuration")
     assert run.status == "finished:failed"
     assert [line.split(":")[0] for line in run.log.splitlines() if line.startswith("  - ")] == [

@@ -105,7 +105,7 @@ def killed(tmp_path_factory):
     return state, first.pid, ends
 
 
-def test_a_second_federation_is_refused_while_any_process_of_the_first_lives(killed):
+def test_a_second_federation_is_refused_while_the_first_lives(killed):
     state, pid, ((code, output), (code_later, output_later)) = killed
     assert (code, code_later) == (1, 1)
     error = f"error: another local federation uses {state}; stop it with `kill {{}}`, or choose another folder"
@@ -160,7 +160,7 @@ def test_nothing_that_exists_is_overwritten(tmp_path):
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
-def test_partitions_are_written_for_each_node_with_a_picture_and_never_over_others(tmp_path, tiny_dataset):
+def test_partitions_are_written_for_each_node_and_never_over_others(tmp_path, tiny_dataset):
     command = [sys.executable, "-m", "deploy.prepare_partitions", "--nodes", "3", "--dataset", tiny_dataset]
     command += ["--out", str(tmp_path / "parts")]
     first = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)

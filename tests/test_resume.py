@@ -214,7 +214,7 @@ def test_all_differences_are_listed(app):
     assert [line.split(":")[0] for line in str(error.value).splitlines()[1:]] == ["  - momentum", "  - seed"]
 
 
-def test_another_model_and_other_data_under_the_same_name_are_refused(app, monkeypatch, tmp_path):
+def test_another_model_and_other_data_are_refused(app, monkeypatch, tmp_path):
     copy = shutil.copytree(app.defaults["dataset"], tmp_path / "copy")
     directory = app.run(num_server_rounds=1, dataset=str(copy))
 

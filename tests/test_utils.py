@@ -297,7 +297,7 @@ def other(tiny_dataset, tmp_path_factory):
 
 
 @pytest.mark.e2e
-def test_what_takes_long_to_import_and_is_not_needed_is_not_imported(other):
+def test_what_is_slow_to_import_is_imported_only_when_needed(other):
     """A test split needs neither flwr-datasets nor PyTorch's compiler, and only a run with W&B imports it."""
     assert other[1][:2] == ["early: []", "run: False"]
 
@@ -528,7 +528,7 @@ def test_wandb_gets_each_round_that_it_lacks_once():
     assert logged == [(2, 2, True), (3, 3, True)]
 
 
-def test_no_credentials_or_network_means_offline_and_never_stops_a_run(app, quick_plot, monkeypatch, caplog):
+def test_no_credentials_or_network_means_offline(app, quick_plot, monkeypatch, caplog):
     import wandb
 
     caplog.set_level("INFO", logger="flwr")
