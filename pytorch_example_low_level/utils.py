@@ -407,11 +407,8 @@ def start_wandb(config: RunConfig, directory: Path, state: ServerState) -> wandb
     import wandb
 
     options: dict[str, Any] = {"project": config.wandb_project, "dir": directory, "config": config.to_dict()}
-    options |= {
-        "id": state.wandb_id or None,
-        "resume": "allow",
-        "tags": ["flower", "low-level-api", config.partitioner],
-    }
+    tags = ["flower", "low-level-api", config.partitioner]
+    options |= {"id": state.wandb_id or None, "resume": "allow", "tags": tags}
     # Flower reads this process's output, so W&B must leave it alone.
     options["settings"] = wandb.Settings(init_timeout=20, console="off", silent=True)
     try:
