@@ -208,18 +208,19 @@ def weighted_mean(updates: Iterable[tuple[StateDict, int]], like: StateDict) -> 
     """Return the mean of state_dicts, weighted by their numbers of examples; None if there are none.
 
     FedAvg (McMahan et al. 2017, arXiv:1602.05629, algorithm 1). One running sum is kept in double precision,
-    and each model is released once it is added. Shapes and dtypes are those of `like`; integers are rounded.
+    and each model is released once it is added. Updates are as `read_arrays` returns them; shapes and dtypes
+    of the mean are those of `like`; integers are rounded.
     """
-    exact = {name: torch.complex128 if t.is_complex() else torch.float64 for name, t in like.items()}
-    sums = {name: torch.zeros(t.shape, dtype=exact[name]) for name, t in like.items()}
+    # NumPy adds in one thread. PyTorch's threads would spin after each sum, on cores that simulated nodes need.
+    sums = {name: np.zeros(t.shape, np.complex128 if t.is_complex() else np.float64) for name, t in like.items()}
     total = 0
     for arrays, num_examples in updates:
         total += num_examples
         for name, tensor in arrays.items():
-            sums[name].add_(tensor.to(exact[name]), alpha=num_examples)
+            sums[name] += np.multiply(tensor.numpy(), num_examples, dtype=sums[name].dtype)
     if not total:
         return None
-    means = {name: tensor.div_(total) for name, tensor in sums.items()}
+    means = {name: torch.from_numpy(np.divide(value, total, out=value)) for name, value in sums.items()}
     inexact = {name for name, t in like.items() if t.is_floating_point() or t.is_complex()}
     return {n: (mean if n in inexact else mean.round()).to(like[n].dtype) for n, mean in means.items()}
 
