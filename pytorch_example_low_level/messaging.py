@@ -1,7 +1,6 @@
 """Messages with deadlines on Flower's Grid, and the checks that every reply must pass.
 
-`Grid.send_and_receive` would do for a first version, but it returns all models at once, looks for
-replies only every 3 s over a network, and leaves late replies at the SuperLink.
+`Grid.send_and_receive` returns all models at once, looks only every 3 s over a network, and leaves late replies.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ MAX_REASONS = 5  # warnings per phase; further reasons share one
 MAX_LOOK = 64  # message ids in one look for replies, whose cost grows with their number
 MAX_WAITING = 8  # models in memory that wait for their turn to be aggregated
 MAX_LATE = 10_000  # late replies that are still fetched, to remove them from the SuperLink
-PAUSE = (0.01, 0.1)  # seconds between two looks: short after a reply, longer without one
+PAUSE = (0.01, 0.1)  # seconds between two looks: the first after a reply, then longer and longer
 PROGRESS_EVERY = 10  # seconds
 
 log = getLogger("flwr")
@@ -76,7 +75,7 @@ class Batch:
 
     def leave_out(self, node: Node, reason: str) -> None:
         """Record why a node is left out; the reason may be text from the node."""
-        reason = clean(reason)
+        reason = clean(reason) or "no reason given"
         reason = reason if reason in self.faults or len(self.faults) < MAX_REASONS else "other reasons"
         self.faults.setdefault(reason, []).append(node)
 
@@ -130,40 +129,36 @@ class Mailbox:
     def collect(self, batch: Batch, read: Read[T], window: int = MAX_LOOK) -> Iterator[tuple[Node, T]]:
         """Yield each node with a usable reply, and the value that `read` returns for the reply.
 
-        The order is that of sending, not of arrival, so that a sum over the replies is bit-identical
-        in every run. At most `window` replies that wait for their turn are kept in memory; the
-        others stay at the SuperLink until there is room.
+        The order is that of sending, not of arrival, so that a sum over the replies is bit-identical in every
+        run. At most `window` values wait for their turn in memory; the other replies wait at the SuperLink.
         """
         values: dict[str, T] = {}  # values that wait for their turn
-        last_arrival = log_at = time.time()
+        pause, log_at = PAUSE[0], time.time() + PROGRESS_EVERY
         for message_id, node in list(batch.pending.items()):
             while message_id in batch.pending:
                 began, before = time.time(), len(batch.pending)
                 values |= self.look(batch, list(islice(batch.pending, window - len(values))), read)
                 now = time.time()
-                if message_id in batch.pending:  # pause for a tenth of the time since the last reply, within bounds
-                    last_arrival = now if len(batch.pending) < before else last_arrival
-                    pause = min(max((now - last_arrival) / 10, PAUSE[0]), PAUSE[1])
+                if message_id in batch.pending:
+                    pause = PAUSE[0] if len(batch.pending) < before else min(1.1 * pause, PAUSE[1])
                     time.sleep(max(0.0, min(max(pause, now - began), batch.deadline - now)))
-                if now >= log_at + PROGRESS_EVERY:
-                    log_at, done, left = now, batch.sent - len(batch.pending), max(0.0, batch.deadline - now)
+                if now >= log_at:
+                    log_at, done, left = now + PROGRESS_EVERY, batch.sent - len(batch.pending), batch.deadline - now
                     log.info("... %s/%s (%s), %.0f s to the deadline", done, batch.sent, batch.message_type, left)
             if message_id in values:
                 yield node, values.pop(message_id)
 
     def look(self, batch: Batch, ids: Sequence[str], read: Read[T]) -> dict[str, T]:
-        """Look once for replies to some of the pending messages; return the values of usable ones, by message id.
+        """Look once for replies to some of the pending messages; return the usable values, by message id.
 
-        After the deadline, none of these messages stays pending. A reply that was created before the
-        deadline counts even if it is fetched later, since the server may have been busy. Late replies of
-        earlier phases are fetched and dropped, because a simulation searches through all messages it holds.
+        A reply created before the deadline counts even if a busy server fetches it later; all others are missing then.
+        Late replies of earlier phases are fetched and dropped: a simulation searches through all messages it holds.
         """
         is_last_look = time.time() >= batch.deadline
-        late = [self.late.popleft() for _ in range(min(len(self.late), MAX_LOOK - len(ids)))]
+        late = {self.late.popleft(): None for _ in range(min(len(self.late), MAX_LOOK - len(ids)))}
         values: dict[str, T] = {}
         for message_id, reply in self._pull([*ids, *late]):
-            if message_id in late:
-                late.remove(message_id)
+            late.pop(message_id, None)
             node = batch.pending.pop(message_id, None)
             if node is None:  # a late reply, or a second one
                 continue
@@ -174,7 +169,7 @@ class Mailbox:
                     batch.miss(node)
                 elif reply.has_error():
                     batch.failed += 1
-                    batch.leave_out(node, last_line(reply.error.reason or f"error {reply.error.code}"))
+                    batch.leave_out(node, reply.error.reason or f"error {reply.error.code}")
                 else:
                     values[message_id] = read(reply.content)
                     batch.received += 1
@@ -201,15 +196,13 @@ class Mailbox:
 
 
 def clean(text: str) -> str:
-    """Return a node's text without control, format and line-break characters, cut to MAX_TEXT."""
-    words = " ".join("".join(c if c.isprintable() else " " for c in text[: 4 * MAX_TEXT]).split())
-    return words if len(words) <= MAX_TEXT else words[:MAX_TEXT] + "..."
+    """Return the last line of a node's text, which in a traceback says what went wrong; "" if all are blank.
 
-
-def last_line(text: str) -> str:
-    """Return the last line that is not blank. In a traceback, it says what went wrong."""
-    lines = [line for line in text[-40 * MAX_TEXT :].splitlines() if clean(line)]
-    return lines[-1] if lines else "no reason given"
+    Control and format characters become spaces, and a long line is cut to MAX_TEXT.
+    """
+    lines = ("".join(c if c.isprintable() else " " for c in line) for line in text[-40 * MAX_TEXT :].splitlines())
+    last = ([""] + [words for line in lines if (words := " ".join(line.split()))])[-1]
+    return last if len(last) <= MAX_TEXT else last[:MAX_TEXT] + "..."
 
 
 def to_array_record(model: dict[str, Tensor]) -> ArrayRecord:
@@ -222,8 +215,7 @@ def to_array_record(model: dict[str, Tensor]) -> ArrayRecord:
 def read_arrays(content: RecordDict, sent: ArrayRecord) -> dict[str, Tensor]:
     """Return the arrays of a reply. Raises Rejected unless they are finite and match those that were sent.
 
-    A valid reply has the same header and the same number of bytes as what was sent. A node could
-    forge a header that claims any size, so the header is compared before NumPy parses it.
+    A node could forge a header that claims any size, so the header is compared before NumPy parses it.
     """
     arrays = content.get("arrays")
     if not isinstance(arrays, ArrayRecord):

@@ -72,8 +72,7 @@ def main(grid: Grid, context: Context) -> None:
             row |= {f"train_{k}": getattr(batch, k) for k in ("received", "failed", "rejected")}
             row |= {"train_loss": train_loss, "seconds_train": stopwatch.lap()}
 
-            # --- 3. Central evaluation. It needs no node, and phase 4 is mostly waiting, so the
-            #        queries of phase 4 are sent first.
+            # --- 3. Central evaluation. It needs no node, so the queries of phase 4 are sent first
             queries = None
             if server_round % config.evaluate_every == 0 or server_round == config.num_server_rounds:
                 queries = send_queries(mailbox, sample_asked(nodes, config, server_round), server_round, config)
@@ -207,9 +206,9 @@ def train(
 def weighted_mean(updates: Iterable[tuple[StateDict, int]], like: StateDict) -> StateDict | None:
     """Return the mean of state_dicts, weighted by their numbers of examples; None if there are none.
 
-    FedAvg (McMahan et al. 2017, arXiv:1602.05629, algorithm 1). One running sum is kept in double precision,
-    and each model is released once it is added. Updates are as `read_arrays` returns them; shapes and dtypes
-    of the mean are those of `like`; integers are rounded.
+    FedAvg (McMahan et al. 2017, arXiv:1602.05629, algorithm 1). One running sum is kept in double precision, and
+    each model, as `read_arrays` returns it, is released once it is added. The mean has the shapes and dtypes of
+    `like`; integers are rounded.
     """
     # NumPy adds in one thread. PyTorch's threads would spin after each sum, on cores that simulated nodes need.
     sums = {name: np.zeros(t.shape, np.complex128 if t.is_complex() else np.float64) for name, t in like.items()}

@@ -132,7 +132,7 @@ def test_the_log_in_the_readme_is_one(app, caplog):
     logged = [shape(record.getMessage()) for record in caplog.records]
     block = re.search(r"<!-- log -->\n```\n(.*?)```", README, re.DOTALL).group(1)
     lines = [line.removeprefix("INFO :").strip() for line in block.splitlines() if line != "..."]
-    source = (PROJECT / "pytorch_example_low_level" / "utils.py").read_text()
+    source = (PROJECT / "pytorch_example_low_level" / "report.py").read_text()
     for words in ("W&B cannot go online: ", "offline. To upload this run later: wandb sync "):
         assert words in block
         assert words in source

@@ -74,7 +74,7 @@ def test_a_node_is_called_by_its_name_or_its_id():
     grid.get_nodes = named
     first, second, third, fourth = connected_nodes(grid)
     assert first.name == f"node {first.node_id}"
-    assert second.name == "ward [31m 3"
+    assert second.name == "3"
     assert third.name == f"node {third.node_id}"
     assert len(fourth.name) < 310
 
@@ -656,7 +656,7 @@ def test_data_of_another_length_or_format_are_rejected(data):
         ("float32", (12,), r"float32\[12\]"), ("float32", (), r"float32\[\]"),
         ("float32", (2**62, 2**62), r"float32\[4611686018427387904, 4611686018427387904\]"),
         ("float32", tuple(range(10**4)), r"float32\[0, 1, 2, 3, 4, 5, \.\.\.\]"),
-        ("\x1b[2J\nfloat32", (3, 4), r"\[2J float32\[3, 4\]"), ("no" * 10**6, (3, 4), "nono"),
+        ("\x1b[2J\nfloat32", (3, 4), r"float32\[3, 4\], not"), ("no" * 10**6, (3, 4), "nono"),
     ],
 )  # fmt: skip
 def test_another_dtype_or_shape_is_rejected_and_named(dtype, shape, named):

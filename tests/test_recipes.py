@@ -36,7 +36,7 @@ def try_out(tiny_dataset, tmp_path):
     """Run an app; return its grid, the rows of results.json, the final model and the run directory."""
 
     def try_out(app: SimpleNamespace, grid: InProcessGrid | None = None, **overrides) -> SimpleNamespace:
-        app.utils.plot_results = lambda *args: Figure(figsize=(1, 1))  # no recipe changes the plot, which takes long
+        app.report.plot_results = lambda *args: Figure(figsize=(1, 1))  # no recipe changes the plot, which takes long
         settings = {key.replace("_", "-"): value for key, value in overrides.items()}
         config = TINY | {"dataset": tiny_dataset, "output-dir": str(tmp_path / "outputs")} | settings
         grid = run(app, config, grid)
@@ -457,9 +457,9 @@ def test_another_optimizer_with_its_setting(try_out):
 def test_a_metric_of_ones_own_reaches_results_and_wandb(try_out, monkeypatch):
     app = changed_app("balanced")
     logged = []
-    fake = SimpleNamespace(step=0, log=lambda values, **_: logged.append(values))
-    monkeypatch.setattr(app.utils, "start_wandb", lambda *args: fake)
-    monkeypatch.setattr(app.utils, "finish_wandb", lambda *args, **kwargs: None)
+    fake = SimpleNamespace(id="abc", step=0, log=lambda values, **_: logged.append(values))
+    monkeypatch.setattr(app.report, "start_wandb", lambda *args: fake)
+    monkeypatch.setattr(app.report, "finish_wandb", lambda *args, **kwargs: None)
     done = try_out(app, opt_in_probability=1.0, use_wandb=True)
     values = [row["federated_evaluate_balanced_accuracy"] for row in done.rows]
     assert values[0] is None

@@ -1,6 +1,5 @@
-"""Schedules, random streams, files that are replaced whole, the run directory, the plot and W&B."""
+"""Schedules, random streams, files that are replaced whole, the run directory and its lock."""
 
-import io
 import itertools
 import json
 import os
@@ -15,11 +14,11 @@ import pytest
 import torch
 from torch import nn
 
-from pytorch_example_low_level import server_app, utils
+from pytorch_example_low_level import utils
 from pytorch_example_low_level.config import Purpose, RunConfig, UserError, random_stream
-from tests.conftest import results, wait_for
+from tests.conftest import results
 from tests.grid import PROJECT, make_context, run_config
-from tests.wandb_files import history_of, records_of
+from tests.wandb_files import expected_history, history_of, own, wandb_folder
 
 
 def config(**overrides) -> RunConfig:
@@ -261,7 +260,7 @@ OTHER = """
 import os, sys, time
 from pathlib import Path
 sys.modules["torchvision"] = None  # an import would raise
-from pytorch_example_low_level import server_app, task, utils
+from pytorch_example_low_level import report, server_app, task, utils
 task.load_test_split(sys.argv[1])
 print("early:", sorted({"flwr_datasets", "matplotlib", "torch._dynamo", "wandb"} & sys.modules.keys()), flush=True)
 from tests.conftest import App
@@ -269,14 +268,14 @@ server_app.SETTLE = 0.01
 app = App(sys.argv[1], Path(sys.argv[2]))
 app.run(num_server_rounds=1)
 print("run:", "wandb" in sys.modules, flush=True)
-real = utils.log_to_wandb
+real = report.log_to_wandb
 def log_and_wait(run, row, *args):
     if row["round"] == 2:
         real(run, row, *args)
         print(app.latest(), flush=True)
         time.sleep(100)
     return real(run, row, *args)
-utils.log_to_wandb = log_and_wait
+report.log_to_wandb = log_and_wait
 app.run(num_server_rounds=3, use_wandb=True)
 """
 
@@ -360,251 +359,6 @@ def test_a_directory_that_is_not_there_is_one_clear_error(tmp_path):
         utils.locked(tmp_path / "none"),
     ):
         pass
-
-
-# -------------------------------------------------------------------------------- The plot
-
-
-def rows_with(**columns: list) -> list[dict]:
-    count = len(next(iter(columns.values())))
-    return [utils.new_row(r) | {key: values[r] for key, values in columns.items()} for r in range(count)]
-
-
-def test_the_plot_shows_the_curves_and_leaves_out_what_is_null():
-    n = None
-    rows = rows_with(
-        centralized_accuracy=[0.0, 0.1, 0.2, 0.3],
-        centralized_loss=[2.0, n, 1.0, 0.5],
-        federated_evaluate_accuracy=[n, n, 0.5, 0.6],
-        federated_evaluate_accuracy_std=[n, n, 0.1, 0.2],
-        federated_evaluate_accuracy_median=[n, n, 0.45, 0.55],
-        federated_evaluate_accuracy_p10=[n, n, 0.4, 0.5],
-        federated_evaluate_accuracy_min=[n, n, 0.3, 0.2],
-        federated_evaluate_loss=[n, n, 1.5, 1.25],
-        federated_evaluate_loss_std=[n, n, 0.5, 0.25],
-    )
-    left, middle, right = utils.plot_results(rows, []).axes
-    assert [axes.get_xlabel() for axes in (left, middle, right)] == ["round"] * 3
-    assert (left.get_ylabel(), middle.get_ylabel()) == ("accuracy", "loss (cross-entropy)")
-    assert [axes.get_title() for axes in (left, middle, right)] == [
-        "Accuracy", "Loss", "Central accuracy of each class"
-    ]  # fmt: skip
-    curves = [[line.get_xdata().tolist(), line.get_ydata().tolist()] for line in left.lines]
-    assert curves == [
-        [[0, 1, 2, 3], [0.0, 0.1, 0.2, 0.3]],
-        [[2, 3], [0.5, 0.6]],
-        [[2, 3], [0.45, 0.55]],
-        [[2, 3], [0.4, 0.5]],
-        [[2, 3], [0.3, 0.2]],
-    ]
-    curves = [[line.get_xdata().tolist(), line.get_ydata().tolist()] for line in middle.lines]
-    assert curves == [[[0, 2, 3], [2.0, 1.0, 0.5]], [[2, 3], [1.5, 1.25]]]
-    bands = [axes.collections[0].get_paths()[0].get_extents() for axes in (left, middle)]
-    assert [[*band.intervalx, *band.intervaly] for band in bands] == [
-        pytest.approx([2, 3, 0.4, 0.8]),
-        pytest.approx([2, 3, 1.0, 2.0]),
-    ]
-    labels = [text.get_text() for text in left.get_legend().get_texts()]
-    assert labels == [
-        "central (test split)", "federated mean (opted-in nodes)", "± 1 std over nodes",
-        "median node", "10th percentile", "worst node",
-    ]  # fmt: skip
-    assert len({(line.get_linestyle(), line.get_marker(), line.get_color()) for line in left.lines}) == 5
-
-
-def test_the_plot_shows_the_accuracy_of_each_class():
-    table = [None, [0.0, None, 0.5], [0.25, None, 1.0]]
-    _, _, right, bar = utils.plot_results(rows_with(centralized_accuracy_per_class=table), ["a", "b", "c"]).axes
-    (image,) = right.images
-    assert image.get_array().filled(-1).tolist() == [[0.0, 0.25], [-1, -1], [0.5, 1.0]]  # classes over rounds
-    assert tuple(image.get_extent()) == (0.5, 2.5, 2.5, -0.5)  # each class and each round has a field of size 1
-    assert image.get_clim() == (0, 1)
-    assert [text.get_text() for text in right.get_yticklabels()] == ["a", "b", "c"]
-    assert bar.get_ylabel() == "accuracy"
-    money = utils.plot_results(rows_with(centralized_accuracy_per_class=table), ["1 $", "2 $", "3"])
-    money.savefig(io.BytesIO())  # a formula in Matplotlib's eyes
-    many = [str(number) for number in range(31)]
-    figure = utils.plot_results(rows_with(centralized_accuracy_per_class=[[0.5] * 31]), many)
-    assert len(figure.axes[2].get_yticks()) < 31
-
-
-def test_the_plot_is_drawn_while_a_run_goes_on(tmp_path, monkeypatch):
-    """At most every 30 s, since it takes a moment."""
-    one = recorder(tmp_path, model={})
-    now = start = one.drawn_at
-    monkeypatch.setattr(utils.time, "monotonic", lambda: now)
-    drawn = []
-
-    def plot(rows, class_names):
-        drawn.append((now - start, len(rows), class_names))
-        return SimpleNamespace(savefig=lambda file, **options: file.write(b"picture"))
-
-    monkeypatch.setattr(utils, "plot_results", plot)
-    for server_round, now in enumerate([start + 10, start + 31, start + 40, start + 61.5]):  # noqa: B007
-        one.commit(utils.new_row(server_round))
-    assert drawn == [(pytest.approx(31), 2, ["a", "b"]), (pytest.approx(61.5), 4, ["a", "b"])]
-    assert (tmp_path / "metrics.png").read_bytes() == b"picture"
-
-
-def test_the_file_of_the_plot_is_a_picture(tmp_path):
-    from PIL import Image
-
-    one = recorder(tmp_path, model={}, results=rows_with(centralized_accuracy=[0.1, 0.2]))
-    one.draw()
-    with Image.open(tmp_path / "metrics.png") as picture:
-        assert picture.format == "PNG"
-        assert picture.size == (1920, 540)
-
-
-def test_a_plot_that_fails_is_a_warning(tmp_path, monkeypatch, caplog):
-    def fail(*args):
-        raise MemoryError("no memory\nat all")
-
-    monkeypatch.setattr(utils, "plot_results", fail)
-    recorder(tmp_path, model={}).close()
-    assert [r.getMessage() for r in caplog.records] == ["The plot cannot be drawn: no memory"]
-    assert not (tmp_path / "metrics.png").exists()
-
-
-# ----------------------------------------------------------------------- Weights & Biases
-
-
-def wandb_folder(directory: Path) -> Path:
-    """The newest offline run, once its file is whole: W&B's process may still write when `finish` has returned."""
-    folder = max((directory / "wandb").glob("offline-run-*"), key=lambda path: path.stat().st_mtime_ns)
-    wait_for(lambda: (records := records_of(folder)) and records[-1].WhichOneof("record_type") == "exit")
-    return folder
-
-
-def expected_history(directory: Path) -> list[dict]:
-    """What results.json has, as W&B should have it."""
-    names = json.loads((directory / "run_config.json").read_text())["class-names"]
-    rows = []
-    for row in results(directory, times=True):
-        per_class = zip(names, row.pop("centralized_accuracy_per_class"), strict=True)
-        row |= {f"accuracy/{name}": accuracy for name, accuracy in per_class}
-        rows.append({key: value for key, value in row.items() if value is not None} | {"_step": row["round"]})
-    return rows
-
-
-def own(history: list[dict]) -> list[dict]:
-    """History without what W&B and the histograms add."""
-    added = ("_runtime", "_timestamp", "client_accuracies")
-    return [{key: value for key, value in values.items() if not key.startswith(added)} for values in history]
-
-
-def test_an_offline_run_holds_all_that_results_json_has(app, quick_plot, caplog):
-    caplog.set_level("INFO", logger="flwr")
-    settings = {"use_wandb": True, "opt_in_probability": 1.0, "wandb_project": "my-project", "evaluate_every": 2}
-    directory = app.run(num_server_rounds=3, **settings)
-    folder = wandb_folder(directory)
-    assert [r.getMessage() for r in caplog.records if "W&B" in r.getMessage()] == [
-        f"📈 W&B is offline. To upload this run later: wandb sync {folder}"
-    ]
-    history = history_of(folder)
-    for logged, expected in zip(own(history), expected_history(directory), strict=True):
-        assert logged == expected
-    histograms = [values.get("client_accuracies/values") for values in history]
-    assert histograms[:2] == [None, None]
-    assert [(len(counts), sum(counts)) for counts in histograms[2:]] == [(20, 5)] * 2  # bins, nodes
-
-    records = records_of(folder)
-    text = "".join(map(str, records))
-    for word in ("my-project", "low-level-api", "best_centralized_accuracy", "image-file", "best-model-", "best_round"):
-        assert word in text
-    configs = [str(r.run.config) for r in records if r.WhichOneof("record_type") == "run"]
-    assert "num-server-rounds" in configs[0]
-    assert "dirichlet-alpha" in configs[0]
-    (exit_code,) = [r.exit.exit_code for r in records if r.WhichOneof("record_type") == "exit"]
-    assert exit_code == 0
-
-
-def test_wandb_gets_each_round_that_it_lacks_once():
-    """A resumed run online: W&B says at which step to go on."""
-    logged = []
-    run = SimpleNamespace(step=2, log=lambda values, step, commit: logged.append((values["round"], step, commit)))
-    for row in rows_with(centralized_accuracy_per_class=[[0.5, None]] * 4):
-        utils.log_to_wandb(run, row, (), ["a", "b"])
-    assert logged == [(2, 2, True), (3, 3, True)]
-
-
-def test_no_credentials_or_network_means_offline(app, quick_plot, monkeypatch, caplog):
-    import wandb
-
-    caplog.set_level("INFO", logger="flwr")
-    modes = []
-    real = wandb.init
-
-    def refuse(**kwargs):
-        modes.append(kwargs.get("mode"))
-        if modes[-1] is None:
-            raise wandb.errors.CommError("no network\nat all")
-        return real(**kwargs)
-
-    monkeypatch.setattr(wandb, "init", refuse)
-    teardown = wandb.teardown
-    monkeypatch.setattr(wandb, "teardown", lambda: modes.append("teardown") or teardown())
-    directory = app.run(use_wandb=True, num_server_rounds=1)
-    assert modes == [None, "teardown", "offline"]  # a failed attempt may still hold the id of a resumed run
-    assert len(results(directory)) == 2
-    said = [r.getMessage() for r in caplog.records if "W&B" in r.getMessage()]
-    assert said[0] == "📈 W&B cannot go online: no network"
-    assert said[1].startswith("📈 W&B is offline.")
-
-
-@pytest.mark.parametrize("step", ["init", "log", "finish"])
-def test_a_failure_of_wandb_is_said_once_and_never_stops_a_run(app, quick_plot, monkeypatch, caplog, step):
-    """As when W&B's process has been killed: then the next call raises ConnectionResetError."""
-    import wandb
-
-    owner = wandb if step == "init" else wandb.Run
-    real = getattr(owner, step)
-
-    def fail(*args, **kwargs):
-        if step == "finish":
-            real(*args, **kwargs)  # so that no other test finds the run open
-        raise ConnectionResetError("Connection lost")
-
-    monkeypatch.setattr(owner, step, fail)
-    directory = app.run(use_wandb=True)
-    monkeypatch.undo()
-    wandb.finish()
-    assert len(results(directory)) == 3
-    assert (directory / "final_model.pt").exists()
-    said = [r.getMessage() for r in caplog.records if "goes on without it" in r.getMessage()]
-    assert said == ["📈 W&B has failed, and the run goes on without it: Connection lost"]
-
-
-@pytest.mark.parametrize("closing", ["works", "fails"])
-def test_a_failure_while_closing_does_not_hide_what_ended_the_run(app, monkeypatch, caplog, closing):
-    exit_codes = []
-
-    def finish(run, directory, state, exit_code):
-        exit_codes.append(exit_code)
-        if closing == "fails":
-            raise BrokenPipeError("W&B is gone")
-
-    def crash(*args):
-        raise RuntimeError("crash")
-
-    def fail_to_plot(*args):
-        raise ValueError("no fonts")
-
-    monkeypatch.setattr(utils, "start_wandb", lambda *args: "a run of W&B")
-    monkeypatch.setattr(utils, "log_to_wandb", lambda run, *args: run)
-    monkeypatch.setattr(utils, "finish_wandb", finish)
-    monkeypatch.setattr(server_app, "evaluate", crash)
-    if closing == "fails":
-        monkeypatch.setattr(utils, "plot_results", fail_to_plot)
-    with pytest.raises(RuntimeError, match="crash"):
-        app.run(use_wandb=True)
-    assert exit_codes == [1]
-    said = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
-    assert len(said) == (2 if closing == "fails" else 0)
-    directory = app.latest()
-    assert [row["round"] for row in results(directory)] == [0]
-    assert (directory / "metrics.png").exists() == (closing == "works")
-    assert not (directory / "final_model.pt").exists()
 
 
 # ------------------------------------------------------------------------------ First model

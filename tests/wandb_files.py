@@ -4,6 +4,8 @@ import json
 import struct
 from pathlib import Path
 
+from tests.conftest import results, wait_for
+
 
 def records_of(folder: Path) -> list:
     """The records of an offline run: LevelDB's log format, behind a header of 7 bytes.
@@ -42,3 +44,27 @@ def history_of(folder: Path) -> list[dict]:
 def wandb_rounds(folder: Path) -> list[int]:
     """The rounds that were logged."""
     return [int(values["round"]) for values in history_of(folder) if "round" in values]
+
+
+def wandb_folder(directory: Path) -> Path:
+    """The newest offline run, once its file is whole: W&B's process may still write when `finish` has returned."""
+    folder = max((directory / "wandb").glob("offline-run-*"), key=lambda path: path.stat().st_mtime_ns)
+    wait_for(lambda: (records := records_of(folder)) and records[-1].WhichOneof("record_type") == "exit")
+    return folder
+
+
+def expected_history(directory: Path) -> list[dict]:
+    """What results.json has, as W&B should have it."""
+    names = json.loads((directory / "run_config.json").read_text())["class-names"]
+    rows = []
+    for row in results(directory, times=True):
+        per_class = zip(names, row.pop("centralized_accuracy_per_class"), strict=True)
+        row |= {f"accuracy/{name}": accuracy for name, accuracy in per_class}
+        rows.append({key: value for key, value in row.items() if value is not None} | {"_step": row["round"]})
+    return rows
+
+
+def own(history: list[dict]) -> list[dict]:
+    """History without what W&B and the histograms add."""
+    added = ("_runtime", "_timestamp", "client_accuracies")
+    return [{key: value for key, value in values.items() if not key.startswith(added)} for values in history]
