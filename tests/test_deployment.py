@@ -106,23 +106,20 @@ def training(federation: Federation, run_id: str, server_round: int) -> int:
 
 
 def interrupt(federation: Federation, how: str, run_id: str, server_round: int) -> None:
-    """Stop a run. Where Flower gets to know of it, wait until no process of the run is left."""
+    """Stop a run, and wait until no process of it is left. Who kills the SuperLink kills the ServerApp with it."""
     if how == "kill the SuperLink":
         kill_superlink(federation)
         return
-    if how != "SIGKILL":
-        # Two nodes train. A ClientApp whose run ends while its message is on the way waits for it for ever (flwr 1.41).
-        wait_for(lambda: training(federation, run_id, server_round) == 2)
-        wait_for(lambda: any("flwr-clientapp" in args for args in app_processes(federation).values()))
+    # Two nodes train. A ClientApp whose run ends while its message is on the way waits for it for ever (flwr 1.41).
+    wait_for(lambda: training(federation, run_id, server_round) == 2)
+    wait_for(lambda: any("flwr-clientapp" in args for args in app_processes(federation).values()))
     processes = app_processes(federation)
     (serverapp,) = [pid for pid, args in processes.items() if "flwr-serverapp" in args]
     if how == "flwr stop":
         federation.flwr("stop", run_id)
     else:
         os.kill(serverapp, signal.Signals[how])
-    # Flower takes a run whose ServerApp was killed for running, until its heartbeats have been missing for long.
-    gone = {serverapp} if how == "SIGKILL" else processes.keys()
-    wait_for(lambda: not gone & running().keys(), seconds=180)
+    wait_for(lambda: not processes.keys() & running().keys(), seconds=180)
 
 
 def start_and_interrupt(federation: Federation, how: str, server_round: int, **settings) -> FinishedRun:
@@ -137,7 +134,7 @@ def start_and_interrupt(federation: Federation, how: str, server_round: int, **s
 
 
 # How a run is interrupted, and in which round.
-INTERRUPTIONS = {"SIGTERM": 1, "flwr stop": 2, "SIGKILL": 2, "kill the SuperLink": 2}
+INTERRUPTIONS = {"SIGTERM": 1, "flwr stop": 2, "kill the SuperLink": 2}
 STATUS = {"SIGTERM": "finished:failed", "flwr stop": "finished:stopped"}
 
 
@@ -218,8 +215,7 @@ def test_a_run_over_tls_that_was_interrupted_is_bit_identical_to_a_simulation(re
 def run_with_a_dead_node(state: Path, settings: dict) -> FinishedRun:
     """Run with two nodes. One is killed while it trains in round 1, and started again when the SuperLink lets it."""
     settings = settings | {"fraction_clients_train": 1.0, "train_timeout": 90.0, "opt_in_probability": 0.0}
-    # Round 1 asks the dead node, too, so it ends when the SuperLink takes it for offline. Round 2 waits for both.
-    settings |= {"evaluate_every": 1, "min_available_nodes": 2, "node_wait_timeout": 120.0}
+    settings |= {"min_available_nodes": 2, "node_wait_timeout": 120.0}  # round 2 waits for both
     log = ""
     with Federation(state, 2) as federation:
         for line in federation.lines(**settings):

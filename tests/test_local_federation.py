@@ -105,6 +105,18 @@ def killed(tmp_path_factory):
     return state, first.pid, ends
 
 
+@pytest.fixture(scope="module")
+def restarted(killed):
+    """The federation that was killed, started again while other tests run.
+
+    That takes a minute: for so long, the SuperLink takes the killed SuperNode for online.
+    """
+    process = local_federation(killed[0])
+    yield process
+    stop(process)
+
+
+@pytest.mark.usefixtures("restarted")
 def test_a_second_federation_is_refused_while_the_first_lives(killed):
     state, pid, ((code, output), (code_later, output_later)) = killed
     assert (code, code_later) == (1, 1)
@@ -133,17 +145,6 @@ def test_every_stop_signal_stops_everything_even_during_the_start(state, name, m
         else:
             wait_for(lambda: any("flower-superlink" in args for args in family(process.pid).values()))
         stop_by(name, process, state)
-    finally:
-        stop(process)
-
-
-def test_a_federation_starts_again_after_it_was_killed_and_stops_at_sigterm(killed):
-    state = killed[0]
-    process = local_federation(state)
-    try:
-        # The SuperLink takes the killed SuperNode for online for about a minute.
-        read_until(process, "Ctrl-C stops the federation")
-        stop_by("SIGTERM", process, state)
     finally:
         stop(process)
 
@@ -224,3 +225,11 @@ def test_more_nodes_than_folders_are_refused_before_anything_starts(tmp_path):
     with pytest.raises(FederationError, match="data has no folder node-1, but each of the 3 nodes needs its own"):
         Federation(tmp_path / "state", 3, tmp_path / "data")
     assert not (tmp_path / "state").exists()
+
+
+# ------------------------------------------------------------------------------- Once more
+
+
+def test_a_federation_starts_again_after_it_was_killed_and_stops_at_sigterm(killed, restarted):
+    read_until(restarted, "Ctrl-C stops the federation")
+    stop_by("SIGTERM", restarted, killed[0])
