@@ -10,6 +10,9 @@
   the app does, sends as many messages of the same size to nodes drawn at random, and asks for at
   most 64 replies at a time, every 10 ms. `Grid.send_and_receive`, which asks for all replies at once
   every 100 ms, is measured beside it at 50 nodes;
+- engine with the arithmetic: the same app, whose handlers train and test the app's model on as many random
+  images in memory, and whose ServerApp averages the models and tests their mean. Unlike the sum of floor and
+  engine, it has the phases of a round, and the engine's threads compete with the arithmetic for the cores;
 - app: the real `flwr run`, the median of the rounds after the first, without stragglers; and once
   with the default ones.
 
@@ -66,16 +69,18 @@ TARGETS = {
     "50 nodes: app / (floor + engine), a round": 1.0,
     "50 nodes: start-up to the first TRAIN reply, over the engine's, s": 6.0,
     "1,000 nodes, 100 asked: app, s a round": 4.5,
-    "1,000 nodes, 100 asked: app / (floor + engine), a round": 1.25,
+    "1,000 nodes, 100 asked: app / engine with the arithmetic, a round": 1.25,
     "10,000 nodes, 200 asked: app, s a round": 14.0,
-    "10,000 nodes, 200 asked: app / (floor + engine), a round": 1.25,
+    "10,000 nodes, 200 asked: app / engine with the arithmetic, a round": 1.25,
     "10,000 nodes, 200 asked: app, s from nodes listed to row written, first round": 35.0,
     "server, 10,000 nodes against 50, MiB more, beyond the engine's own": 64.0,
 }
 
 NOOP_APP = """
+from functools import lru_cache
 import random
 import time
+from types import SimpleNamespace
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
@@ -83,14 +88,42 @@ import numpy as np
 
 client = ClientApp()
 server = ServerApp()
+SETTINGS = SimpleNamespace(local_epochs=1, batch_size=32, momentum=0.9, logit_adjustment=1.0, augment=False)
+
+@lru_cache
+def images(count):
+    import torch
+    from pytorch_example_low_level.task import Split
+    pixels = torch.randint(0, 256, (count, 1, 28, 28), dtype=torch.uint8)
+    return Split(pixels, torch.arange(count) % 10, [str(i) for i in range(10)])
+
+def model(arrays):
+    from pytorch_example_low_level.task import make_model
+    net = make_model(1, 10)
+    net.load_state_dict(arrays.to_torch_state_dict())
+    return net
+
+def test(arrays, count):
+    import torch
+    from pytorch_example_low_level import task
+    task.test(model(arrays), images(count), torch.device("cpu"))
 
 @client.train()
 def train(msg, context):
+    arrays, count = msg.content["arrays"], context.run_config["train-images"]
+    if count:
+        import torch
+        from pytorch_example_low_level import task
+        net = model(arrays)
+        task.train(net, images(count), SETTINGS, lr=0.01, seed=1, device=torch.device("cpu"))
+        arrays = ArrayRecord(net.state_dict())
     metrics = MetricRecord({"train_loss": 1.0, "num-examples": 1})
-    return Message(RecordDict({"arrays": msg.content["arrays"], "metrics": metrics}), reply_to=msg)
+    return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=msg)
 
 @client.evaluate()
 def evaluate(msg, context):
+    if context.run_config["validation-images"]:
+        test(msg.content["arrays"], context.run_config["validation-images"])
     metrics = MetricRecord({"eval_loss": 1.0, "eval_acc": 1.0, "num-examples": 1})
     return Message(RecordDict({"metrics": metrics}), reply_to=msg)
 
@@ -106,41 +139,55 @@ def connected_nodes(grid, last):
         last = len(nodes)
         time.sleep(0.5)
 
-def send_and_look(grid, messages):
+def send_and_look(grid, messages, meanwhile):
     waiting = list(grid.push_messages(messages))
-    received = 0
+    meanwhile()
     while waiting:
-        arrived = {reply.metadata.reply_to_message_id for reply in grid.pull_messages(waiting[:64])}
-        received += len(arrived)
-        waiting = [message_id for message_id in waiting if message_id not in arrived]
+        replies = {reply.metadata.reply_to_message_id: reply for reply in grid.pull_messages(waiting[:64])}
+        yield from replies.values()
+        waiting = [message_id for message_id in waiting if message_id not in replies]
         time.sleep(0.01)
-    return received
+
+def mean(replies):
+    sums = {}
+    for count, reply in enumerate(replies, start=1):
+        for name, array in reply.content.get("arrays", {}).items():
+            sums[name] = sums.get(name, 0.0) + array.numpy().astype(np.float64)
+    return ArrayRecord({name: Array((total / count).astype(np.float32)) for name, total in sums.items()})
 
 @server.main()
 def main(grid, context):
     cfg = context.run_config
-    # As many arrays as the app's model has, and as many numbers.
-    values = np.zeros(cfg["parameters"] // 12, dtype=np.float32)
-    arrays = ArrayRecord({f"{i}": Array(values) for i in range(12)})
-    def exchange(kind, count):
+    if cfg["test-images"]:
+        from pytorch_example_low_level.task import make_model
+        arrays = ArrayRecord(make_model(1, 10).state_dict())
+    else:  # as many arrays as the app's model has, and as many numbers
+        values = np.zeros(cfg["parameters"] // 12, dtype=np.float32)
+        arrays = ArrayRecord({f"{i}": Array(values) for i in range(12)})
+    def exchange(kind, count, consume=lambda replies: sum(1 for _ in replies), meanwhile=lambda: None):
         started = time.monotonic()
         nodes = [connected[i] for i in sorted(draw(range(len(connected)), count))]
         content = {} if kind == MessageType.QUERY else {"arrays": arrays}
         content = RecordDict(content | {"config": ConfigRecord({"server-round": 1, "lr": 0.1})})
         messages = [Message(content, node, kind) for node in nodes]
         if cfg["send-and-receive"]:
-            received = len(list(grid.send_and_receive(messages)))
+            replies = grid.send_and_receive(messages)
         else:
-            received = send_and_look(grid, messages)
-        assert received == len(nodes)
+            replies = send_and_look(grid, messages, meanwhile)
+        consumed = consume(replies)
         print(f"NOOP {kind} {len(nodes)} {time.monotonic() - started:.6f}", flush=True)
+        return consumed
     connected = []
     for server_round in range(1, cfg["rounds"] + 1):
         connected = connected_nodes(grid, last=len(connected))
         draw = random.Random(server_round).sample
         started = time.monotonic()
-        exchange(MessageType.TRAIN, cfg["trained"])
-        exchange(MessageType.QUERY, cfg["asked"])
+        if cfg["test-images"]:
+            arrays = exchange(MessageType.TRAIN, cfg["trained"], mean)
+            exchange(MessageType.QUERY, cfg["asked"], meanwhile=lambda: test(arrays, cfg["test-images"]))
+        else:
+            assert exchange(MessageType.TRAIN, cfg["trained"]) == cfg["trained"]
+            exchange(MessageType.QUERY, cfg["asked"])
         exchange(MessageType.EVALUATE, cfg["evaluated"])
         print(f"NOOP round {len(connected)} {time.monotonic() - started:.6f}", flush=True)
 """
@@ -167,6 +214,9 @@ asked = 50
 evaluated = 25
 rounds = 3
 parameters = 80298
+train-images = 0
+validation-images = 0
+test-images = 0
 send-and-receive = false
 """
 
@@ -204,6 +254,15 @@ class Setting:
     def messages(self) -> dict[str, Any]:
         """Return how many messages of each kind the engine exchanges."""
         return {"trained": self.trained, "asked": self.asked, "evaluated": self.asked // 2}
+
+    def arithmetic(self) -> dict[str, Any]:
+        """Return how many random images stand for those of the app, beside the messages."""
+        how = (self.partitioner, self.nodes, 1.0, 42)
+        rows = len(task.partitions(self.dataset, *how).dataset)
+        node = rows // self.nodes
+        validation = int(node * task.VALIDATION_SHARE)
+        images = {"train_images": node - validation, "validation_images": validation}
+        return self.messages() | images | {"test_images": len(task.load_test_split(self.dataset))}
 
     def __str__(self) -> str:
         """Return the words for the tables."""
@@ -454,6 +513,7 @@ class Report:
         columns = {
             "app": "app_round", "TRAIN": "app_train", "QUERY": "app_query", "EVALUATE": "app_evaluate",
             "engine": "engine_round", "floor": "floor", "app / (floor + engine)": "ratio",
+            "engine with the arithmetic": "busy_round", "app / engine with it": "busy_ratio",
             "first round": "app_first", "of the engine": "engine_first",
         }  # fmt: skip
         lines = [f"| nodes | asked | {' | '.join(columns)} |", f"|{' --- |' * (len(columns) + 2)}"]
@@ -506,6 +566,7 @@ def measure(superlink: LocalSuperLink, noop: Path, report: Report, progress: Pro
 
     bare: list[float] = []
     engine: list[float] = []
+    busy: list[float] = []
     app: list[dict[str, Any]] = []
     for turn in (1, 2):
         progress.next(f"floor ({turn} of 2)")
@@ -515,6 +576,8 @@ def measure(superlink: LocalSuperLink, noop: Path, report: Report, progress: Pro
         app += watched.run.results[2:]  # row 0 is the initial model; in round 1 the workers load data
         progress.next(f"engine ({turn} of 2)")
         engine += watch(superlink, nodes=50, app=noop, rounds=rounds, **setting.messages()).engine("round")[1:]
+        progress.next(f"engine with the arithmetic ({turn} of 2)")
+        busy += watch(superlink, nodes=50, app=noop, rounds=rounds, **setting.arithmetic()).engine("round")[1:]
     progress.next("engine by send_and_receive")
     naive = watch(superlink, nodes=50, app=noop, rounds=rounds, send_and_receive=True, **setting.messages())
     progress.next("app with the default stragglers")
@@ -522,6 +585,7 @@ def measure(superlink: LocalSuperLink, noop: Path, report: Report, progress: Pro
 
     figures["50 nodes: floor, s a round"] = statistics.median(bare)
     figures["50 nodes: engine, s a round"] = statistics.median(engine)
+    figures["50 nodes: engine with the arithmetic, s a round"] = statistics.median(busy)
     figures["50 nodes: engine by send_and_receive, s a round"] = statistics.median(naive.engine("round")[1:])
     figures["50 nodes: app, s a round"] = median_of(app, "seconds_total") - median_of(app, "seconds_nodes")
     for phase in PHASES:
@@ -533,6 +597,9 @@ def measure(superlink: LocalSuperLink, noop: Path, report: Report, progress: Pro
     )
     figures["50 nodes: app / (floor + engine), a round"] = figures["50 nodes: app, s a round"] / (
         figures["50 nodes: floor, s a round"] + figures["50 nodes: engine, s a round"]
+    )
+    figures["50 nodes: app / engine with the arithmetic, a round"] = (
+        figures["50 nodes: app, s a round"] / figures["50 nodes: engine with the arithmetic, s a round"]
     )
     figures["50 nodes: server, peak MiB"] = watched.server_peak / MIB
     figures["50 nodes: worker, peak MiB"] = watched.worker_peak / MIB
@@ -568,10 +635,13 @@ def measure_scale(
         setting = Setting(nodes, 50, asked, report.dataset)
         progress.next(f"{setting}: app, engine and floor")
         row = measure_setting(superlink, setting, {}, {"app": noop}, rounds)
+        busy = watch(superlink, nodes=nodes, app=noop, rounds=rounds, **setting.arithmetic())
+        row["busy_round"] = statistics.median(busy.engine("round")[1:])
+        row["busy_ratio"] = row["app_round"] / row["busy_round"]
         report.scale.append(row)
         for name, key in (
             ("app, s a round", "app_round"),
-            ("app / (floor + engine), a round", "ratio"),
+            ("app / engine with the arithmetic, a round", "busy_ratio"),
             ("app, s from nodes listed to row written, first round", "app_first"),
         ):
             if f"{setting}: {name}" in TARGETS:
@@ -636,12 +706,15 @@ def steps(sizes: Sequence[tuple[int, int]], rounds: int, scale_rounds: int) -> l
     found: list[tuple[str, float]] = []
     for turn in (1, 2):
         found += [(f"floor ({turn} of 2)", 15 + rounds), (f"app without stragglers ({turn} of 2)", 25 + 2 * rounds)]
-        found += [(f"engine ({turn} of 2)", 15 + rounds)]
+        found += [
+            (f"engine ({turn} of 2)", 15 + rounds),
+            (f"engine with the arithmetic ({turn} of 2)", 25 + 2 * rounds),
+        ]
     found += [("engine by send_and_receive", 15 + rounds), ("app with the default stragglers", 25 + 4 * rounds)]
     found += [(f"start-up of app and engine, {STARTS} times each", STARTS * 50.0)]
     for nodes, asked in sizes:
         name = f"{Setting(nodes, 50, asked, '')}: app, engine and floor"
-        found.append((name, 80 + nodes / 250 + scale_rounds * (6 + nodes / 500)))
+        found.append((name, 110 + nodes / 150 + scale_rounds * (9 + nodes / 300)))
     return found + [("model of 25 MB: app, engine and floor", 90.0 + 40 * scale_rounds)] * bool(sizes)
 
 

@@ -235,7 +235,7 @@ class Federation:
                 raise FederationError(
                     f"{online}/{count} SuperNodes are online after {timeout:.0f} s; see {self.state}/node-*.log"
                 )
-            time.sleep(0.5)
+            time.sleep(2)  # asking takes a second of CPU time, which the SuperNodes need to start
 
     def online(self) -> int:
         """Return the number of nodes that the SuperLink lists as online."""

@@ -226,7 +226,7 @@ def run_with_a_dead_node(state: Path, settings: dict) -> FinishedRun:
                 deadline = time.monotonic() + 120
                 # The SuperLink takes the node for online for a minute, and refuses a new one with its key.
                 while federation.online() == 2 and time.monotonic() < deadline:
-                    time.sleep(3)  # asking takes a second of CPU time
+                    time.sleep(6)  # asking takes a second of CPU time
                 federation.start_supernode(1)
         return federation.flwr.finished(log)
 

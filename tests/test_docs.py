@@ -363,10 +363,10 @@ def test_the_steps_for_several_machines_work(tmp_path, tiny_dataset):
         processes.append(start(superlink, server, home[server], server / "log"))
         nodes = ["flwr", "supernode", "ls", "production", "--format", "json"]
         wait_for(lambda: "Uvicorn running" in (server / "log").read_text())
-        wait_for(lambda: '"success": true' in FlowerCli(desk / ".flwr")(*nodes[1:]))
+        wait_for(lambda: '"success": true' in FlowerCli(desk / ".flwr")(*nodes[1:]), pause=2)
         do(register, desk, home[desk])
         processes.append(start([*supernode, "--port", str(free_port())], node, home[node], node / "log"))
-        wait_for(lambda: json.loads(do(nodes, desk, home[desk]))["nodes"][0]["status"] == "online")
+        wait_for(lambda: json.loads(do(nodes, desk, home[desk]))["nodes"][0]["status"] == "online", pause=2)
         log = do(run, PROJECT, home[desk])
     finally:
         stop(*reversed(processes))
