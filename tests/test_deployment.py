@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.simulation import LocalSuperLink
 from deploy.cli import FinishedRun, family, free_port, running, start, stop
 from deploy.local_federation import HOST, Federation, make_certificates, make_node_key
 from deploy.prepare_partitions import write_partitions
@@ -39,6 +38,7 @@ SETTINGS = {
     "query_timeout": 60.0,
     "opt_in_probability": 0.5,
     "fraction_clients_train": 0.7,
+    "fraction_clients_query": 0.7,
     "use_wandb": False,
 }
 # Who must not get in, and why the SuperLink or TLS says no.
@@ -66,17 +66,6 @@ def background() -> Iterator[ThreadPoolExecutor]:
 def with_a_dead_node(background, settings, tmp_path_factory) -> Future[FinishedRun]:
     """A run in which a SuperNode is killed: most of it is waiting, so it has a federation of its own."""
     return background.submit(run_with_a_dead_node, tmp_path_factory.mktemp("dead") / "federation", settings)
-
-
-@pytest.fixture(scope="module")
-def simulation(background, settings, tmp_path_factory) -> Future[FinishedRun]:
-    """A simulation of the run that is interrupted."""
-
-    def simulate() -> FinishedRun:
-        with LocalSuperLink(tmp_path_factory.mktemp("simulation")) as superlink:
-            return superlink.run(nodes=NODES, cpus=os.cpu_count() or 1, **settings)
-
-    return background.submit(simulate)
 
 
 # ------------------------------------------------------------------------ Kill, stop, resume
@@ -139,7 +128,7 @@ STATUS = {"SIGTERM": "finished:failed", "flwr stop": "finished:stopped"}
 
 
 @pytest.fixture(scope="module")
-def resumed(federation, tmp_path_factory, settings, with_a_dead_node, simulation):
+def resumed(federation, tmp_path_factory, settings, with_a_dead_node):
     """A run that is interrupted and resumed again and again.
 
     Meanwhile four intruders try to get in. Returns the run, what it had committed at each
@@ -201,12 +190,12 @@ def test_an_interruption_loses_no_committed_round(resumed, how):
     assert statuses[how] == STATUS.get(how, statuses[how])
 
 
-def test_a_run_over_tls_that_was_interrupted_is_bit_identical_to_a_simulation(resumed, simulation):
-    run, simulated = resumed[0], simulation.result()
-    assert simulated.status == "finished:completed", simulated.log
-    assert results(run.directory) == results(simulated.directory)
-    assert same_bits(model(run.directory), model(simulated.directory))
-    assert {p.name for p in run.directory.rglob("*")} == {p.name for p in simulated.directory.rglob("*")}
+def test_a_run_over_tls_that_was_interrupted_is_bit_identical_to_one_in_process(resumed, app, settings):
+    """Those of a simulation have the same bits, too: see test_e2e.py."""
+    run, in_process = resumed[0], app.run(app.grid(num_nodes=NODES), **settings)
+    assert results(run.directory) == results(in_process)
+    assert same_bits(model(run.directory), model(in_process))
+    assert {p.name for p in run.directory.rglob("*")} == {p.name for p in in_process.rglob("*")}
 
 
 # ----------------------------------------------------------------------------- A dead node

@@ -433,8 +433,8 @@ def test_the_wrong_settings_are_refused_by_flower():
 
 
 @pytest.fixture(scope="module")
-def ci(tmp_path_factory):
-    """Run the commands for CI as they are, and with a data set that is not there; return how they end, and where."""
+def ci(tmp_path_factory, tiny_dataset):
+    """Run the commands for CI as they are, and with more nodes than images; return how they end, and where."""
     script = re.search(r"<!-- example: ci -->\n```shell\n(.*?)```", TROUBLESHOOTING, re.DOTALL).group(1)
     settings = '"num-server-rounds=1"'
     assert settings in script
@@ -445,7 +445,8 @@ def ci(tmp_path_factory):
                 ["sh", "-c", there], cwd=PROJECT, env=link.flwr.env, capture_output=True, text=True, check=False
             )
 
-        good, bad = pool.map(run, (script, script.replace(settings, "\"dataset='/nowhere'\"")))
+        thirty = f"{settings[:-1]} dataset='{tiny_dataset}'\" --federation-config num-supernodes=30"
+        good, bad = pool.map(run, (script, script.replace(settings, thirty)))
     return good, bad, link.flwr.home / "outputs"
 
 
@@ -455,8 +456,17 @@ def test_the_commands_for_ci_tell_the_truth(ci):
     good, bad, outputs = ci
     assert good.returncode == 0, good.stdout + good.stderr
     assert bad.returncode == 1, bad.stdout + bad.stderr
-    assert "Cannot use dataset '/nowhere': there is no folder /nowhere" in bad.stdout
-    assert len(list(outputs.glob("*/*"))) == 1  # that of the run that was completed
+    assert "Nothing was learned: no round had a usable TRAIN reply. The last fault: " in bad.stdout
+    assert len(list(outputs.glob("*/*/final_model.pt"))) == 1  # that of the run that was completed
+
+
+@pytest.mark.e2e
+def test_nodes_that_fail_alike_are_one_line_of_the_log(ci):
+    log = ci[1].stdout
+    (warning,) = [line for line in log.splitlines() if "left out" in line and "(train)" in line]
+    assert "6 nodes (node " in warning
+    assert "120 training images are too few for 30 nodes" in warning
+    assert len(log.splitlines()) < 120  # most of them are the stack of the error that ends the run
 
 
 @pytest.mark.e2e
@@ -464,8 +474,8 @@ def test_the_defaults_run_as_they_are_and_say_how_to_simulate_fifty_nodes(ci):
     good, _, outputs = ci
     assert "num-supernodes=50" in good.stdout
     assert "W&B is offline" in good.stdout
-    (directory,) = outputs.glob("*/*")
-    assert results(directory)[1]["nodes_available"] == 2
+    (final_model,) = outputs.glob("*/*/final_model.pt")
+    assert results(final_model.parent)[1]["nodes_available"] == 2
 
 
 def test_torch_loads_what_the_reference_says(app):
