@@ -109,8 +109,7 @@ class Mailbox:
     ) -> Batch:
         """Send `content` to each node, and add the deadline (seconds since the epoch) to its record "config"."""
         batch = Batch(message_type, server_round, timeout, time.time() + timeout, len(nodes))
-        # A request takes all its replies off the SuperLink, and Flower loses them if it cannot decode one of
-        # them. Over a network, where nodes are not trusted, each reply is therefore requested by itself.
+        # Flower loses all replies of a request if it cannot decode one. Over a network, each has its own request.
         self.together = MAX_LOOK if all(node.simulated for node in nodes) else 1
         config = ConfigRecord({**content.config_records.get("config", {}), "deadline": batch.deadline})
         content = RecordDict({**content, "config": config})
@@ -196,10 +195,7 @@ class Mailbox:
 
 
 def clean(text: str) -> str:
-    """Return the last line of a node's text, which in a traceback says what went wrong; "" if all are blank.
-
-    Control and format characters become spaces, and a long line is cut to MAX_TEXT.
-    """
+    """Return the printable part of a text's last line, where a traceback has its cause; "" if all are blank."""
     lines = ("".join(c if c.isprintable() else " " for c in line) for line in text[-40 * MAX_TEXT :].splitlines())
     last = ([""] + [words for line in lines if (words := " ".join(line.split()))])[-1]
     return last if len(last) <= MAX_TEXT else last[:MAX_TEXT] + "..."

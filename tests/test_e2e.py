@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.simulation import LocalSuperLink
 from deploy.cli import BIN, PROJECT, FinishedRun, FlowerCli, free_port, running, start, stop
-from tests.conftest import model, results, same_bits, wait_for
+from tests.conftest import App, model, results, same_bits, wait_for
 from tests.wandb_files import wandb_rounds
 
 ACTIONS = ["SIGKILL"] * int(os.environ.get("KILLS", "1")) + ["SIGTERM", "flwr stop"]
@@ -34,6 +34,7 @@ SETTINGS = {
     "use_wandb": False,
 }
 ONE_WORKER = {"cpus": os.cpu_count() or 1}  # all CPUs for one client; starting a worker takes 6 s of CPU time
+SHORT = {"num_server_rounds": 3}
 LATE = {"nodes": 20, "num_server_rounds": 2, "query_timeout": 2.0, "query_max_delay": 1.0}
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300 + 60 * len(ACTIONS))]
 FILES = {
@@ -61,7 +62,7 @@ def finished(superlink, settings, tmp_path_factory) -> Iterator[Callable[[str], 
     """
     with ThreadPoolExecutor(max_workers=1) as pool:
         runs = {
-            "on two Ray nodes": pool.submit(run_on_two_ray_nodes, tmp_path_factory.mktemp("ray"), settings),
+            "on two Ray nodes": pool.submit(run_on_two_ray_nodes, tmp_path_factory.mktemp("ray"), settings | SHORT),
             "with late answers": pool.submit(superlink.run, **settings | LATE | ONE_WORKER),
         }
         yield lambda name: runs[name].result()
@@ -150,28 +151,30 @@ def resumed(superlink, settings, finished) -> FinishedRun:
     return resumed
 
 
-def test_a_killed_and_stopped_run_has_the_bits_of_a_whole_one(resumed, finished):
+def in_one_process(app: App, settings: dict) -> Path:
+    """Run the app without an engine, where no node needs to be late; return the run directory."""
+    here = {key: value for key, value in settings.items() if key != "nodes"} | {"query_max_delay": 0.0}
+    return app.run(app.grid(num_nodes=settings["nodes"]), **here)
+
+
+def test_a_killed_and_stopped_run_has_the_bits_of_a_whole_one(resumed, app, settings):
     """KILLS=20 in the environment kills more often than the suite has time for."""
-    whole = finished("on two Ray nodes")
-    assert results(resumed.directory) == results(whole.directory)
+    whole = in_one_process(app, settings)
+    assert results(resumed.directory) == results(whole)
     for name in ("final_model.pt", "checkpoints/best.pt"):
-        assert same_bits(model(resumed.directory, name), model(whole.directory, name))
+        assert same_bits(model(resumed.directory, name), model(whole, name))
     # W&B writes its file every 15 s, so a kill takes some rounds; the resumed run logs all of them again.
     folder = Path(re.search(r"wandb sync (\S+)", resumed.log).group(1))
     assert wandb_rounds(folder) == list(range(ROUNDS + 1))
 
 
-def test_a_ray_cluster_of_two_nodes_gives_the_same_bits(resumed, finished, app, settings):
-    """The same bits as one worker on one node, and as no engine at all; and exactly the files of a run."""
-    whole = finished("on two Ray nodes")
-    assert whole.status == "finished:completed", whole.log
-    assert {str(p.relative_to(whole.directory)) for p in whole.directory.rglob("*") if p.is_file()} == FILES
-    assert results(whole.directory) == results(resumed.directory)
-    assert same_bits(model(whole.directory), model(resumed.directory))
-    nodes, at_once = settings["nodes"], {"query_max_delay": 0.0, "nodes": None}
-    in_process = app.run(app.grid(num_nodes=nodes), **{k: v for k, v in (settings | at_once).items() if v is not None})
-    assert results(whole.directory) == results(in_process)
-    assert same_bits(model(whole.directory), model(in_process))
+def test_a_ray_cluster_of_two_nodes_gives_the_same_bits(finished, app, settings):
+    """Two workers on two nodes, with exactly the files of a run."""
+    cluster, whole = finished("on two Ray nodes"), in_one_process(app, settings | SHORT)
+    assert cluster.status == "finished:completed", cluster.log
+    assert {str(p.relative_to(cluster.directory)) for p in cluster.directory.rglob("*") if p.is_file()} == FILES
+    assert results(cluster.directory) == results(whole)
+    assert same_bits(model(cluster.directory), model(whole))
 
 
 def test_a_run_does_not_join_the_wandb_process_of_the_tests(tmp_path, monkeypatch):

@@ -133,10 +133,8 @@ def state(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("signals") / "state"
 
 
-# SIGTERM when the nodes are online: see the next test.
-@pytest.mark.parametrize(
-    ("name", "moment"), [("SIGINT", "starting"), ("SIGTERM", "starting"), ("SIGHUP", "online"), ("SIGINT", "online")]
-)
+# SIGTERM when the nodes are online: see the last test.
+@pytest.mark.parametrize(("name", "moment"), [("SIGINT", "starting"), ("SIGTERM", "starting"), ("SIGHUP", "online")])
 def test_every_stop_signal_stops_everything_even_during_the_start(state, name, moment):
     process = local_federation(state)
     try:

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,10 +13,9 @@ import torch
 from flwr.app import Message, MessageType, MetricRecord, RecordDict
 from matplotlib.figure import Figure
 
-from benchmarks.simulation import LocalSuperLink, copy_app
 from tests.conftest import same_bits
 from tests.grid import InProcessGrid
-from tests.recipes import BLOCK, TEXT, PacedGrid, apply, blocks, changed_app, run
+from tests.recipes import BLOCK, TEXT, PacedGrid, blocks, changed_app, run
 
 pytestmark = pytest.mark.e2e
 
@@ -371,20 +369,6 @@ def test_each_node_keeps_a_head_of_its_own(try_out):
     assert not torch.equal(heads[0], heads[1])
     assert all(0 <= row["federated_evaluate_personal_accuracy"] <= 1 for row in done.rows[1:])
     assert done.rows[0]["federated_evaluate_personal_accuracy"] is None
-
-
-@pytest.mark.e2e
-def test_flower_keeps_the_heads_from_message_to_message(tiny_dataset, tmp_path):
-    app = copy_app(tmp_path / "app")
-    apply("personal-head", app)
-    settings = {"dirichlet_alpha": 0.1, "local_epochs": 5, "fraction_clients_train": 1.0, "opt_in_probability": 1.0}
-    settings |= {"evaluate_every": 9, "query_timeout": 60.0, "query_max_delay": 0.0, "use_wandb": False}
-    with LocalSuperLink(tmp_path / "flower") as superlink:
-        done = superlink.run(nodes=3, cpus=os.cpu_count() or 1, app=app, dataset=tiny_dataset, **settings)
-    assert done.status == "finished:completed", done.log
-    last = done.results[-1]
-    assert last["evaluate_received"] == 3
-    assert last["federated_evaluate_personal_accuracy"] > last["federated_evaluate_accuracy"]
 
 
 # --------------------------------------------------------------------------- 10. Stop early
