@@ -150,8 +150,8 @@ class Mailbox:
     def look(self, batch: Batch, ids: Sequence[str], read: Read[T]) -> dict[str, T]:
         """Look once for replies to some of the pending messages; return the usable values, by message id.
 
-        A reply created before the deadline counts even if a busy server fetches it later; all others are missing then.
-        Late replies of earlier phases are fetched and dropped: a simulation searches through all messages it holds.
+        After the deadline, none of these stays pending, and only a reply that was created before it counts. Late
+        replies of earlier phases are fetched and dropped: a simulation searches through all messages it holds.
         """
         is_last_look = time.time() >= batch.deadline
         late = {self.late.popleft(): None for _ in range(min(len(self.late), MAX_LOOK - len(ids)))}

@@ -15,12 +15,10 @@ if TYPE_CHECKING:
     import wandb
     from matplotlib.figure import Figure
 
-Row = Mapping[str, Any]  # one round in results.json
-
 log = getLogger("flwr")
 
 
-def plot_results(results: Sequence[Row], class_names: Sequence[str]) -> Figure:
+def plot_results(results: Sequence[Mapping[str, Any]], class_names: Sequence[str]) -> Figure:
     """Draw accuracy and loss over the rounds, central and federated, and the accuracy of each class."""
     from matplotlib.figure import Figure  # without pyplot, which has global state and may need a display
 
@@ -87,7 +85,9 @@ def start_wandb(config: RunConfig, directory: Path, wandb_id: str) -> wandb.Run:
     return run
 
 
-def log_to_wandb(run: wandb.Run, row: Row, accuracies: Sequence[float], class_names: Sequence[str]) -> wandb.Run:
+def log_to_wandb(
+    run: wandb.Run, row: Mapping[str, Any], accuracies: Sequence[float], class_names: Sequence[str]
+) -> wandb.Run:
     """Log one round as one step, unless W&B has it, with a histogram of the nodes' accuracies; return the run."""
     import wandb
 

@@ -1,4 +1,4 @@
-"""The run directory: checkpoints, results.json, and what the loop needs to write them.
+"""The learning-rate schedule, the times of a round, and the run directory with its checkpoints and results.json.
 
 Every file is replaced as a whole, so after a crash at any time it is complete, old or new.
 """
@@ -324,8 +324,9 @@ class Recorder:
     def log(self, row: Row, accuracies: Sequence[float] = ()) -> None:
         """Log a round to W&B."""
         if self.wandb_run is not None:
-            arguments = (self.wandb_run, row, accuracies, self.class_names)
-            self.wandb_run = attempt(WANDB_FAILED, report.log_to_wandb, *arguments)
+            self.wandb_run = attempt(
+                WANDB_FAILED, report.log_to_wandb, self.wandb_run, row, accuracies, self.class_names
+            )
 
     def draw(self) -> None:
         """Draw the plot."""
@@ -346,9 +347,10 @@ class Recorder:
         """Draw the plot and close W&B, however the run ended."""
         attempt(PLOT_FAILED, self.draw)
         if self.wandb_run is not None:
-            best = (self.state.best_round, self.state.best_accuracy)
-            exit_code = int(not self.finished)
-            attempt(WANDB_FAILED, report.finish_wandb, self.wandb_run, self.directory, *best, exit_code)
+            attempt(
+                WANDB_FAILED, report.finish_wandb, self.wandb_run, self.directory, self.state.best_round,
+                self.state.best_accuracy, int(not self.finished),
+            )  # fmt: skip
 
 
 def attempt(failed: str, function: Callable[..., T], *arguments: Any) -> T | None:  # noqa: ANN401

@@ -95,7 +95,7 @@ def training(federation: Federation, run_id: str, server_round: int) -> int:
 
 
 def interrupt(federation: Federation, how: str, run_id: str, server_round: int) -> None:
-    """Stop a run, and wait until no process of it is left. Who kills the SuperLink kills the ServerApp with it."""
+    """Stop a run, and wait until no process of it is left. Killing the SuperLink also kills the ServerApp."""
     if how == "kill the SuperLink":
         kill_superlink(federation)
         return
