@@ -347,10 +347,8 @@ class Recorder:
         """Draw the plot and close W&B, however the run ended."""
         attempt(PLOT_FAILED, self.draw)
         if self.wandb_run is not None:
-            attempt(
-                WANDB_FAILED, report.finish_wandb, self.wandb_run, self.directory, self.state.best_round,
-                self.state.best_accuracy, int(not self.finished),
-            )  # fmt: skip
+            best, exit_code = (self.state.best_round, self.state.best_accuracy), int(not self.finished)
+            attempt(WANDB_FAILED, report.finish_wandb, self.wandb_run, self.directory, *best, exit_code)
 
 
 def attempt(failed: str, function: Callable[..., T], *arguments: Any) -> T | None:  # noqa: ANN401
