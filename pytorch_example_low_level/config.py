@@ -4,26 +4,17 @@
 them. Every value is checked here before anything is sent or written.
 """
 
-from __future__ import annotations
-
-import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
 from enum import IntEnum
-from typing import Any
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
-from flwr.app import Context, UserConfigValue
-
-DAY = 86_400.0  # seconds; the longest timeout, since a longer one is probably a typing error
+from flwr.app import Context
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 
 class UserError(ValueError):
     """An error that the user can fix; the message says what is wrong and what to do."""
-
-
-class ConfigError(UserError):
-    """The run configuration is invalid; the message lists every fault."""
 
 
 def first_line(error: BaseException | str) -> str:
@@ -31,106 +22,97 @@ def first_line(error: BaseException | str) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def setting(allowed: str, fits: Callable[[Any], bool] = lambda _: True, *, operational: bool = False) -> Any:  # noqa: ANN401 (takes the field's type)
-    """Declare a key of the run configuration with its allowed values, in words and as a predicate.
+Count = Annotated[int, Field(ge=1, le=1_000_000)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+Timeout = Annotated[float, Field(gt=0, le=86_400)]  # seconds; more than a day is probably a typing error
+PathOrEmpty = Annotated[str, Field(pattern=r"^[^\x00]*$")]
 
-    `operational` keys control how a run is carried out, not what it computes. They may have other
-    values when a run is resumed.
+# These keys control how a run is carried out, not what it computes, so they may differ when it is resumed.
+OPERATIONAL = {
+    "num_server_rounds", "min_available_nodes", "node_wait_timeout", "train_timeout", "query_timeout",
+    "evaluate_timeout", "server_device", "output_dir", "resume_from", "use_wandb", "wandb_project",
+}  # fmt: skip
+
+
+class RunConfig(BaseModel):
+    """The run configuration. The key `some-key` of `pyproject.toml` is the field `some_key`.
+
+    https://docs.pydantic.dev/latest/concepts/fields/ explains the constraints.
     """
-    return field(metadata={"allowed": allowed, "fits": fits, "operational": operational})
 
-
-def timeout() -> Any:  # noqa: ANN401
-    """Declare a key that holds a timeout in seconds."""
-    return setting("seconds, above 0, at most 86400", lambda v: 0 < v <= DAY, operational=True)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """The run configuration. The key `some-key` of `pyproject.toml` is the field `some_key`."""
-
-    num_server_rounds: int = setting("1 to 1000000", lambda v: 1 <= v <= 1e6, operational=True)
-    fraction_clients_train: float = setting("above 0, at most 1", lambda v: 0 < v <= 1)
-    fraction_clients_query: float = setting("above 0, at most 1", lambda v: 0 < v <= 1)
-    evaluate_every: int = setting("1 to 1000000", lambda v: 1 <= v <= 1e6)
-    min_available_nodes: int = setting("1 to 1000000", lambda v: 1 <= v <= 1e6, operational=True)
-    min_train_nodes: int = setting("1 to min-available-nodes", lambda v: 1 <= v <= 1e6)
-    node_wait_timeout: float = timeout()
-
-    local_epochs: int = setting("1 to 10000", lambda v: 1 <= v <= 1e4)
-    batch_size: int = setting("1 to 1000000", lambda v: 1 <= v <= 1e6)
-    learning_rate: float = setting("above 0, at most 100", lambda v: 0 < v <= 100)
-    momentum: float = setting("at least 0, below 1", lambda v: 0 <= v < 1)
-    logit_adjustment: float = setting("0 (plain cross-entropy) to 10", lambda v: 0 <= v <= 10)
-    lr_decay_every: int = setting("0 (never) to 1000000", lambda v: 0 <= v <= 1e6)
-    lr_decay_factor: float = setting("above 0, at most 1", lambda v: 0 < v <= 1)
-    augment: bool = setting("true or false")
-
-    train_timeout: float = timeout()
-    query_timeout: float = timeout()
-    evaluate_timeout: float = timeout()
-
-    opt_in_probability: float = setting("0 to 1", lambda v: 0 <= v <= 1)
-    query_max_delay: float = setting("seconds, 0 to 86400", lambda v: 0 <= v <= DAY)
-
-    dataset: str = setting("'fashion-mnist-sample', a name on the Hub, or a folder", lambda v: bool(v.strip()))
-    partitioner: str = setting("'dirichlet' or 'iid'", lambda v: v in ("dirichlet", "iid"))
-    dirichlet_alpha: float = setting("0.001 to 1000000", lambda v: 1e-3 <= v <= 1e6)
-
-    server_device: str = setting(
-        "'auto', or a device of PyTorch such as 'cpu', 'cuda', 'cuda:1', 'mps'",
-        lambda v: bool(re.fullmatch(r"[a-z]+(:\d{1,3})?", v)),
-        operational=True,
+    model_config = ConfigDict(
+        alias_generator=lambda name: name.replace("_", "-"),
+        strict=True,  # no conversion, except that `learning-rate=1` means 1.0
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
     )
-    seed: int = setting("0 to 9223372036854775807", lambda v: 0 <= v < 2**63)
-    output_dir: str = setting("a folder", lambda v: bool(v.strip()) and "\0" not in v, operational=True)
-    resume_from: str = setting("'' or the directory of a run", lambda v: "\0" not in v, operational=True)
-    initial_model: str = setting("'' or the file of a state_dict", lambda v: "\0" not in v)
-    use_wandb: bool = setting("true or false", operational=True)
-    wandb_project: str = setting(
-        "1 to 128 characters, none of /\\#?%: and no spaces",
-        lambda v: bool(re.fullmatch(r"[^/\\#?%:\s]{1,128}", v)),
-        operational=True,
-    )
+
+    num_server_rounds: Count
+    fraction_clients_train: Fraction
+    fraction_clients_query: Fraction
+    evaluate_every: Count
+    min_available_nodes: Count
+    min_train_nodes: Count
+    node_wait_timeout: Timeout
+
+    local_epochs: Annotated[int, Field(ge=1, le=10_000)]
+    batch_size: Count
+    learning_rate: Annotated[float, Field(gt=0, le=100)]
+    momentum: Annotated[float, Field(ge=0, lt=1)]
+    logit_adjustment: Annotated[float, Field(ge=0, le=10)]
+    lr_decay_every: Annotated[int, Field(ge=0, le=1_000_000)]
+    lr_decay_factor: Fraction
+    augment: bool
+
+    train_timeout: Timeout
+    query_timeout: Timeout
+    evaluate_timeout: Timeout
+
+    opt_in_probability: Annotated[float, Field(ge=0, le=1)]
+    query_max_delay: Annotated[float, Field(ge=0, le=86_400)]
+
+    dataset: Annotated[str, Field(min_length=1)]
+    partitioner: Literal["dirichlet", "iid"]
+    dirichlet_alpha: Annotated[float, Field(ge=1e-3, le=1e6)]
+
+    server_device: Annotated[str, Field(pattern=r"^[a-z]+(:\d{1,3})?$")]
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    output_dir: Annotated[str, Field(pattern=r"^[^\x00]+$")]
+    resume_from: PathOrEmpty
+    initial_model: PathOrEmpty
+    use_wandb: bool
+    wandb_project: Annotated[str, Field(pattern=r"^[^/\\#?%:\s]{1,128}$")]
+
+    @field_validator("min_train_nodes")
+    @classmethod
+    def at_most_available(cls, value: int, info: ValidationInfo) -> int:
+        """Check that a round waits for enough nodes to train on."""
+        limit = info.data.get("min_available_nodes", value)
+        if value > limit:
+            raise PydanticCustomError("limit", "Input should be at most min-available-nodes, {limit}", {"limit": limit})
+        return value
 
     @classmethod
-    def from_context(cls, context: Context) -> RunConfig:
+    def from_context(cls, context: Context) -> Self:
         """Read the run configuration from the context of a ServerApp or a ClientApp.
 
-        Raises ConfigError, which lists every fault: unknown and missing keys, wrong types, values
+        Raises UserError, which lists every fault: unknown and missing keys, wrong types, values
         out of range, and keys that contradict one another.
         """
-        given: Mapping[str, UserConfigValue] = context.run_config
-        keys = {f.name.replace("_", "-"): f for f in fields(cls)}
-        known = f"the keys in {__file__} are {', '.join(keys)}"  # the file shows when another copy of the app runs
-        faults = [f"{key}: unknown key; {known}" for key in given if key not in keys]
-        values: dict[str, Any] = {}
-        for key, spec in keys.items():
-            value = given.get(key)
-            if spec.type == "float" and type(value) is int:  # `learning-rate=1` means 1.0
-                value = float(value) if abs(value) < 2**63 else value
-            if value is None:
-                faults.append(f"{key}: missing")
-            elif type(value).__name__ == spec.type and spec.metadata["fits"](value):
-                values[spec.name] = value
-            else:
-                faults.append(f"{key}: {value!r} is not allowed; allowed: {spec.type}, {spec.metadata['allowed']}")
-        if values.get("min_train_nodes", 0) > values.get("min_available_nodes", 1e6):
-            faults.append(
-                f"min-train-nodes: {values['min_train_nodes']} is more than min-available-nodes, "
-                f"{values['min_available_nodes']}; allowed: at most that"
-            )
-        if faults:
-            raise ConfigError("Wrong run configuration:\n" + "\n".join(f"  - {f}" for f in faults))
-        return cls(**values)
+        try:
+            return cls.model_validate(dict(context.run_config))
+        except ValidationError as error:
+            faults = [
+                f"  - {fault['loc'][0]}: {fault['msg']}" + f"; it is {fault['input']!r}" * (fault["type"] != "missing")
+                for fault in error.errors()
+            ]
+            # The file shows when another copy of the app runs.
+            raise UserError("\n".join([f"Wrong run configuration (checked in {__file__}):", *faults])) from error
 
-    def to_dict(self, *, with_operational: bool = True) -> dict[str, UserConfigValue]:
+    def to_dict(self, *, with_operational: bool = True) -> dict[str, Any]:
         """Return the configuration with the keys of `pyproject.toml`."""
-        return {
-            f.name.replace("_", "-"): getattr(self, f.name)
-            for f in fields(self)
-            if with_operational or not f.metadata["operational"]
-        }
+        return self.model_dump(by_alias=True, exclude=set() if with_operational else OPERATIONAL)
 
 
 class Purpose(IntEnum):

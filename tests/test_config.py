@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pytorch_example_low_level import server_app
-from pytorch_example_low_level.config import ConfigError, Purpose, RunConfig, first_line, random_stream
+from pytorch_example_low_level.config import Purpose, RunConfig, UserError, first_line, random_stream
 from tests.grid import make_context, run_config
 
 DEFAULTS = run_config()
@@ -34,7 +34,7 @@ WRONG = {
     "evaluate-timeout": ["long", 0, 1e9],
     "opt-in-probability": ["maybe", -0.1, 1.1],
     "query-max-delay": ["no", -0.1, math.inf],
-    "dataset": [1, "", "  "],
+    "dataset": [1, ""],
     "partitioner": [1, "shards", "IID"],
     "dirichlet-alpha": ["one", 0, -1.0, 1e-9],
     "server-device": [0, "CUDA", "cuda:1234", "cuda:x", "", "cpu "],
@@ -87,12 +87,12 @@ def test_a_whole_number_may_stand_for_a_float():
 
 @pytest.mark.parametrize(("key", "value"), [(k, v) for k, values in WRONG.items() for v in values])
 def test_a_wrong_value_is_named_with_key_and_what_is_allowed(key, value):
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         RunConfig.from_context(make_context(DEFAULTS | {key: value}))
     line = str(error.value).splitlines()[1]
     assert line.startswith(f"  - {key}: ")
     assert (repr(value) in line) or (str(value) in line)
-    assert "allowed: " in line
+    assert " should " in line
 
 
 @pytest.mark.parametrize(("key", "value"), [(k, v) for k, values in LIMITS.items() for v in values])
@@ -107,15 +107,15 @@ def test_every_key_has_a_wrong_value_in_the_table():
 def test_unknown_and_missing_keys_are_named():
     given = DEFAULTS | {"num-rounds": 3}
     del given["seed"]
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         RunConfig.from_context(make_context(given))
-    assert "num-rounds: unknown key" in str(error.value)
-    assert "seed: missing" in str(error.value)
+    assert "num-rounds: Extra inputs are not permitted" in str(error.value)
+    assert "seed: Field required\n" in str(error.value)
 
 
 def test_all_faults_come_together_and_nothing_is_written(tmp_path):
     wrong = DEFAULTS | {k: v[0] for k, v in WRONG.items()} | {"output-dir": str(tmp_path / "outputs")}
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         server_app.main(None, make_context(wrong))
     assert len(str(error.value).splitlines()) == len(WRONG)  # a headline, and all but output-dir
     assert list(tmp_path.iterdir()) == []
@@ -138,7 +138,7 @@ VALUES = st.one_of(st.integers(), st.floats(), st.booleans(), st.text(max_size=2
 def test_any_values_give_a_configuration_or_one_error(overrides):
     try:
         config = RunConfig.from_context(make_context(DEFAULTS | overrides))
-    except ConfigError as error:
+    except UserError as error:
         faults = [line.split(":")[0].removeprefix("  - ") for line in str(error).splitlines() if line[:4] == "  - "]
         assert set(faults) <= overrides.keys() | {"min-train-nodes"}
         assert "Traceback" not in str(error)

@@ -434,7 +434,7 @@ def test_another_optimizer_with_its_setting(try_out):
     norms = [sum(tensor.square().sum().item() for tensor in model.values()) for model in models]
     assert norms[0] > norms[1]
     assert app.defaults["learning-rate"] == 0.001
-    with pytest.raises(Exception, match=r"weight-decay: 2\.0 is not allowed"):
+    with pytest.raises(Exception, match=r"weight-decay: Input should be less than or equal to 1; it is 2\.0"):
         try_out(app, weight_decay=2.0)
 
 
