@@ -48,7 +48,7 @@ app = ClientApp(mods=[report_errors])
 
 @app.train()
 def train(msg: Message, context: Context) -> Message:
-    """Train the received model on this node's training split; return it with its weight."""
+    """Train the received model on this node's training split; return it with the number of examples."""
     check_deadline(msg)
     config = RunConfig.from_context(context)
     data = local_split("train", msg, config, context)

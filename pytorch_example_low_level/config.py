@@ -78,7 +78,7 @@ class RunConfig(BaseModel):
 
     server_device: Annotated[str, Field(pattern=r"^[a-z]+(:\d{1,3})?$")]
     seed: Annotated[int, Field(ge=0, lt=2**63)]
-    output_dir: Annotated[str, Field(pattern=r"^[^\x00]+$")]
+    output_dir: Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]
     resume_from: PathOrEmpty
     initial_model: PathOrEmpty
     use_wandb: bool
@@ -87,7 +87,7 @@ class RunConfig(BaseModel):
     @field_validator("min_train_nodes")
     @classmethod
     def at_most_available(cls, value: int, info: ValidationInfo) -> int:
-        """Check that a round waits for enough nodes to train on."""
+        """Check that a round does not need more nodes than it waits for."""
         limit = info.data.get("min_available_nodes", value)
         if value > limit:
             raise PydanticCustomError("limit", "Input should be at most min-available-nodes, {limit}", {"limit": limit})

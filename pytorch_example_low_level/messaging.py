@@ -1,6 +1,6 @@
 """Messages with deadlines on Flower's Grid, and the checks that every reply must pass.
 
-`Grid.send_and_receive` returns all models at once, looks only every 3 s over a network, and leaves late replies.
+They replace `Grid.send_and_receive`, which returns all models at once and asks only every 3 s over a network.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ MAX_FLOAT = 1e38  # float32 and bfloat16 represent it, and double precision sums
 MAX_INTEGER = 2**53  # double precision represents every integer up to this one
 MAX_TEXT = 300  # characters of a node's text that reach the log
 MAX_REASONS = 5  # warnings per phase; further reasons share one
-MAX_LOOK = 64  # message ids in one look for replies, whose cost grows with their number
+MAX_LOOK = 64  # message ids in one look for replies; its cost grows with their number
 MAX_WAITING = 8  # models in memory that wait for their turn to be aggregated
 MAX_LATE = 10_000  # late replies that are still fetched, to remove them from the SuperLink
-PAUSE = (0.01, 0.1)  # seconds between two looks: the first after a reply, then longer and longer
+PAUSE = (0.01, 0.1)  # seconds between two looks: the first after a reply, then increasing up to the second
 PROGRESS_EVERY = 10  # seconds
 
 log = getLogger("flwr")
@@ -151,7 +151,7 @@ class Mailbox:
         """Look once for replies to some of the pending messages; return the usable values, by message id.
 
         After the deadline, none of these stays pending, and only a reply that was created before it counts. Late
-        replies of earlier phases are fetched and dropped: a simulation searches through all messages it holds.
+        replies of earlier phases are fetched and dropped, because a simulation searches all messages that it holds.
         """
         is_last_look = time.time() >= batch.deadline
         late = {self.late.popleft(): None for _ in range(min(len(self.late), MAX_LOOK - len(ids)))}
@@ -215,9 +215,9 @@ def read_arrays(content: RecordDict, sent: ArrayRecord) -> dict[str, Tensor]:
     """
     arrays = content.get("arrays")
     if not isinstance(arrays, ArrayRecord):
-        raise Rejected("it has no ArrayRecord 'arrays'")
+        raise Rejected("the reply has no ArrayRecord 'arrays'")
     if arrays.keys() != sent.keys():
-        raise Rejected(f"its arrays have other names: {brief(sorted(arrays.keys() ^ sent.keys()))}")
+        raise Rejected(f"the reply's arrays have other names: {brief(sorted(arrays.keys() ^ sent.keys()))}")
     tensors = {}
     for name, like in sent.items():
         array, kind = arrays[name], f"{like.dtype}{list(like.shape)}"
@@ -241,7 +241,7 @@ def read_metrics(content: RecordDict, *names: str) -> tuple[dict[str, float], in
     """Return the named metrics and "num-examples". Raises Rejected for missing or impossible values."""
     metrics = content.get("metrics")
     if not isinstance(metrics, MetricRecord):
-        raise Rejected("it has no MetricRecord 'metrics'")
+        raise Rejected("the reply has no MetricRecord 'metrics'")
     num_examples = metrics.get("num-examples")
     if type(num_examples) is not int or not 1 <= num_examples <= MAX_EXAMPLES:
         raise Rejected(f"num-examples is {brief(num_examples)}, not a whole number from 1 to {MAX_EXAMPLES}")

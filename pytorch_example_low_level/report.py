@@ -1,4 +1,4 @@
-"""What a run shows of itself: the plot of its rounds, and its run on Weights & Biases."""
+"""The reports of a run: the plot of its rounds, and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def start_wandb(config: RunConfig, directory: Path, wandb_id: str) -> wandb.Run:
     options["settings"] = wandb.Settings(init_timeout=20, console="off", silent=True)
     try:
         run = wandb.init(**options)
-    except Exception as error:  # no account, no network, no W&B process, ...: of many classes
+    except Exception as error:  # W&B raises many classes, for a missing account, network or process
         log.info("📈 W&B cannot go online: %s", first_line(error))
         wandb.teardown()  # the failed attempt may still hold the id of a resumed run
         run = wandb.init(**options, mode="offline")

@@ -33,7 +33,7 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Train a global model over `num-server-rounds` rounds. Raises UserError."""
-    # Errors that the user can fix are raised here, before anything is sent or written.
+    # Errors in the configuration and the data set are raised here, before anything is sent or written.
     config = RunConfig.from_context(context)
     utils.log_environment()
     device = task.pick_device(config.server_device)
@@ -119,8 +119,8 @@ def wait_for_nodes(grid: Grid, config: RunConfig, before: int | None, *, resumed
             break
         if waited > config.node_wait_timeout:
             raise UserError(
-                f"Only {len(nodes)} nodes are connected after {config.node_wait_timeout:g} s, and min-available-nodes "
-                f"is {config.min_available_nodes}. Start more nodes, or change this setting or node-wait-timeout."
+                f"Connected nodes after {config.node_wait_timeout:g} s: {len(nodes)}; min-available-nodes is "
+                f"{config.min_available_nodes}. Start more nodes, or change min-available-nodes or node-wait-timeout."
             )
         if waited >= log_at:
             left = config.node_wait_timeout - waited
@@ -131,8 +131,8 @@ def wait_for_nodes(grid: Grid, config: RunConfig, before: int | None, *, resumed
     simulated = all(node.simulated for node in nodes)
     if before not in (None, len(nodes)) and simulated and resumed:
         raise UserError(
-            f"The run had {before} simulated nodes, and now there are {len(nodes)}: the images would be dealt out "
-            f'anew. Resume it with --federation-config "num-supernodes={before} client-resources-num-cpus=1".'
+            f"The run had {before} simulated nodes, and now there are {len(nodes)}. They would have other images. "
+            f'Resume it with --federation-config "num-supernodes={before} client-resources-num-cpus=1".'
         )
     if before not in (None, len(nodes)):
         log.info("%s nodes are connected; there were %s in the last round.", len(nodes), before)

@@ -1,4 +1,4 @@
-"""Model, data, training and testing, with PyTorch and data sets, but without Flower's messages."""
+"""Model, data, training and testing. Nothing here deals with Flower's messages."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ def partitions(
         )
     if partitioner == "iid":
         dealt: Partitioner = IidPartitioner(num_partitions)
-        rows = rows.shuffle(seed=seed)  # it takes consecutive rows, which may be sorted by label
+        rows = rows.shuffle(seed=seed)  # IidPartitioner takes consecutive rows, which may be sorted by label
     else:
         # Label skew after Yurochkin et al. 2019 (arXiv:1905.12022).
         dealt = DirichletPartitioner(
@@ -322,7 +322,7 @@ def train(
     # Logit adjustment (Menon et al. 2021, arXiv:2007.07314; for federated learning Zhang et al.
     # 2022, arXiv:2209.00189). A node with few classes would mostly learn which classes are frequent.
     # The logarithm of the label counts is added to the logits and accounts for the frequencies, so
-    # the gradient is about what distinguishes the images. Evaluation uses the plain logits.
+    # the model learns what distinguishes the classes. Evaluation uses the plain logits.
     counts = torch.bincount(labels, minlength=len(data.class_names))
     adjustment = config.logit_adjustment * torch.log(counts + 1.0)
 
@@ -355,11 +355,7 @@ class Evaluation(NamedTuple):
 
 @torch.no_grad()
 def test(net: nn.Module, data: Split, device: torch.device, batch_size: int = 500) -> Evaluation:
-    """Evaluate `net` on `data`; the means do not depend on the batch size. Raises DataError without images.
-
-    The best checkpoint is chosen by its accuracy on the test split, so this accuracy is slightly too
-    high as an estimate for new images. Quote that of the last round.
-    """
+    """Evaluate `net` on `data`; the means do not depend on the batch size. Raises DataError without images."""
     if not len(data):
         raise DataError("the split to evaluate on is empty")
     was_training = net.training

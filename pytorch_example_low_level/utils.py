@@ -37,7 +37,7 @@ Row = dict[str, Any]  # one round in results.json
 
 PLOT_EVERY = 30  # seconds between two drawings during a run
 PLOT_FAILED = "The plot cannot be drawn"
-WANDB_FAILED = "📈 W&B has failed, and the run goes on without it"
+WANDB_FAILED = "📈 W&B failed; the run continues without it"
 
 # The keys of a round in results.json, in this order. A value that a round does not have is None.
 RESULT_KEYS = (
@@ -85,11 +85,11 @@ class Stopwatch:
 
 
 def time_summary(results: Sequence[Row], rounds_left: int) -> str:
-    """Return how long the last round took, and how long the rest takes at the median pace so far."""
+    """Return how long the last round took, and how long the rest takes at the median pace after the first round."""
     row, names = results[-1], ("nodes", "train", "central", "query", "evaluate")
     phases = [f"{name} {row[f'seconds_{name}']:.1f}" for name in names if row[f"seconds_{name}"] is not None]
-    pace = np.median([row["seconds_total"] for row in results if row["seconds_total"] is not None])
-    left = timedelta(seconds=round(float(pace) * rounds_left))
+    seconds = [row["seconds_total"] for row in results if row["seconds_total"] is not None]
+    left = timedelta(seconds=round(float(np.median(seconds[1:] or seconds)) * rounds_left))
     return f"Round took {row['seconds_total']:.1f} s ({', '.join(phases)}); about {left} left"
 
 
@@ -98,7 +98,7 @@ class ServerState:
     """Everything that is kept from round to round. A checkpoint contains these fields."""
 
     model: dict[str, Tensor]  # the global model, on the CPU
-    server_round: int = -1  # the last complete round; 0: only the initial model is evaluated
+    server_round: int = -1  # the last committed round; 0: the initial model is evaluated; -1: nothing is committed
     best_round: int | None = None
     best_accuracy: float | None = None
     results: list[Row] = field(default_factory=list)
@@ -145,7 +145,7 @@ def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
         with suppress(OSError):
             beside.unlink()
         cause = error if isinstance(error, OSError) else error.__context__ or error
-        raise UserError(f"Cannot write {path}: {first_line(cause)}. What was there before is untouched.") from error
+        raise UserError(f"Cannot write {path}: {first_line(cause)}. An earlier file is unchanged.") from error
     with suppress(OSError):  # so that the rename survives a power cut; not every system can sync a folder
         folder = os.open(path.parent, os.O_RDONLY)
         try:
@@ -165,7 +165,9 @@ def load_checkpoint(path: Path) -> Any:  # noqa: ANN401
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many classes
-        raise UserError(f"{path} is not a checkpoint, or holds more than data: {first_line(error)}") from error
+        raise UserError(
+            f"Cannot load {path}, which must be a checkpoint with data only: {first_line(error)}"
+        ) from error
 
 
 def load_model(name: str, net: nn.Module) -> None:

@@ -444,7 +444,8 @@ def ci(tmp_path_factory, tiny_dataset):
                 ["sh", "-c", there], cwd=PROJECT, env=link.flwr.env, capture_output=True, text=True, check=False
             )
 
-        thirty = f"{settings[:-1]} dataset='{tiny_dataset}'\" --federation-config num-supernodes=30"
+        one_worker = f'--federation-config "num-supernodes=30 client-resources-num-cpus={os.cpu_count()}"'
+        thirty = f"{settings[:-1]} dataset='{tiny_dataset}'\" {one_worker}"
         good, bad = pool.map(run, (script, script.replace(settings, thirty)))
     return good, bad, link.flwr.home / "outputs"
 

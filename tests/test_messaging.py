@@ -666,9 +666,9 @@ def test_another_dtype_or_shape_is_rejected_and_named(dtype, shape, named):
 
 
 def test_missing_and_extra_arrays_are_named():
-    with pytest.raises(Rejected, match=r"its arrays have other names: \['float'\]"):
+    with pytest.raises(Rejected, match=r"reply's arrays have other names: \['float'\]"):
         read_arrays(reply(float=None), SENT)
-    with pytest.raises(Rejected, match=r"its arrays have other names: \['more'\]"):
+    with pytest.raises(Rejected, match=r"reply's arrays have other names: \['more'\]"):
         read_arrays(reply(more=SENT["float"]), SENT)
     with pytest.raises(Rejected, match=r"names: \['0', .*, \.\.\.\]"):
         read_arrays(reply(**{str(i): SENT["float"] for i in range(1000)}), SENT)

@@ -195,8 +195,8 @@ def test_a_failure_of_wandb_is_said_once_and_never_stops_a_run(app, quick_plot, 
     wandb.finish()
     assert len(results(directory)) == 3
     assert (directory / "final_model.pt").exists()
-    said = [r.getMessage() for r in caplog.records if "goes on without it" in r.getMessage()]
-    assert said == ["📈 W&B has failed, and the run goes on without it: Connection lost"]
+    said = [r.getMessage() for r in caplog.records if "continues without it" in r.getMessage()]
+    assert said == ["📈 W&B failed; the run continues without it: Connection lost"]
 
 
 @pytest.mark.parametrize("closing", ["works", "fails"])

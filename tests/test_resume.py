@@ -113,7 +113,7 @@ def test_a_crash_at_any_write_loses_only_the_round_in_flight(app, monkeypatch, w
         directory = app.latest() if write > 1 else None
         if write <= 2:  # the configuration, the first checkpoint: nothing to go on from
             if directory:
-                with pytest.raises(UserError, match=r"is not a checkpoint.*No such file"):
+                with pytest.raises(UserError, match=r"must be a checkpoint with data only.*No such file"):
                     app.run(**SETTINGS, resume_from=str(directory))
             continue
         before = check_whole_files(directory, whole)

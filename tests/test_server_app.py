@@ -94,7 +94,7 @@ def test_too_few_nodes_are_one_clear_error(monkeypatch):
 
     monkeypatch.setattr(server_app, "time", SimpleNamespace(monotonic=lambda: now, sleep=sleep))
     monkeypatch.setattr(server_app, "SETTLE", 0.5)
-    said = r"Only 1 nodes are connected after 12 s, and min-available-nodes is 2\. Start more nodes, or change"
+    said = r"Connected nodes after 12 s: 1; min-available-nodes is 2\. Start more nodes, or change"
     with pytest.raises(UserError, match=said):
         wait(Registering(1), node_wait_timeout=12.0)
     assert 12 <= now <= 12.5
@@ -111,7 +111,7 @@ def test_waiting_for_nodes_is_logged_every_five_seconds(monkeypatch, caplog):
 
 def test_a_simulation_resumed_with_other_nodes_is_refused():
     for before, now in ((4, 5), (6, 5)):
-        said = f'The run had {before} simulated nodes, and now there are {now}:.* "num-supernodes={before} '
+        said = rf'The run had {before} simulated nodes, and now there are {now}\..* "num-supernodes={before} '
         with pytest.raises(UserError, match=said):
             wait(Registering(now), before=before)
 

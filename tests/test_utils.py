@@ -40,14 +40,16 @@ def test_the_stopwatch_measures_phases_and_round(monkeypatch):
     assert [watch.lap(), watch.lap(), watch.lap(), watch.total()] == [2.0, 3.0, 1.0, 6.5]
 
 
-def test_the_time_left_is_that_of_the_median_round():
+def test_the_time_left_is_that_of_the_median_round_after_the_first():
     rows = [utils.new_row(r) for r in range(4)]
     for row, total in zip(rows[1:], (20.0, 3.5, 6.5), strict=True):  # round 0 has no time
         row["seconds_total"] = total
     rows[3] |= {"seconds_nodes": 1.0, "seconds_train": 2.0, "seconds_central": 3.0}
-    expected = "Round took 6.5 s (nodes 1.0, train 2.0, central 3.0); about 0:01:05 left"
+    expected = "Round took 6.5 s (nodes 1.0, train 2.0, central 3.0); about 0:00:50 left"
     assert utils.time_summary(rows, rounds_left=10) == expected
     assert utils.time_summary(rows, rounds_left=0).endswith("about 0:00:00 left")
+    rows[1] |= {"seconds_nodes": 1.0, "seconds_train": 19.0, "seconds_central": 0.0}
+    assert utils.time_summary(rows[:2], rounds_left=3).endswith("about 0:01:00 left")
 
 
 def test_mean_and_standard_deviation_are_weighted():
@@ -101,7 +103,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
         file.write(b"[1, 2")
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(UserError, match=r"Cannot write .*results\.json: .*No space left on device.*untouched"):
+    with pytest.raises(UserError, match=r"Cannot write .*results\.json: .*No space left on device.*unchanged"):
         utils.replace_file(path, fails_half_way)
     assert json.loads(path.read_text()) == [1]
     assert [p.name for p in tmp_path.iterdir()] == ["results.json"]  # and nothing is left beside it
@@ -160,7 +162,7 @@ def test_a_full_disk_is_one_clear_error_and_the_old_file_stays(tmp_path):
             utils.replace_file(path, lambda file: torch.save({"w": torch.ones(100_000)}, file))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert str(error.value) == f"Cannot write {path}: [Errno 27] File too large. What was there before is untouched."
+    assert str(error.value) == f"Cannot write {path}: [Errno 27] File too large. An earlier file is unchanged."
     assert torch.equal(utils.load_checkpoint(path)["w"], torch.ones(10))
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
 
@@ -172,7 +174,7 @@ class Evil:
 
 def test_a_checkpoint_with_code_in_it_is_refused(tmp_path):
     torch.save({"w": Evil()}, tmp_path / "last.pt")
-    with pytest.raises(UserError, match="more than data"):
+    with pytest.raises(UserError, match="with data only"):
         utils.load_checkpoint(tmp_path / "last.pt")
     assert not Path("/tmp/pwned").exists()
 
@@ -180,9 +182,9 @@ def test_a_checkpoint_with_code_in_it_is_refused(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 no zip", b"text"])
 def test_what_is_no_checkpoint_is_one_clear_error(tmp_path, content):
     (tmp_path / "last.pt").write_bytes(content)
-    with pytest.raises(UserError, match="not a checkpoint"):
+    with pytest.raises(UserError, match="must be a checkpoint with data only"):
         utils.load_checkpoint(tmp_path / "last.pt")
-    with pytest.raises(UserError, match=r"none\.pt is not a checkpoint.*No such file"):
+    with pytest.raises(UserError, match=r"none\.pt, which must be a checkpoint with data only: .*No such file"):
         utils.load_checkpoint(tmp_path / "none.pt")
 
 
@@ -387,8 +389,8 @@ def test_a_run_starts_from_the_model_that_it_is_given(app, quick_plot, tmp_path,
         ([1, 2], "is not a state_dict of this model"),
         (torch.ones(2), "is not a state_dict of this model"),
         (7, "is not a state_dict of this model"),
-        (b"no zip", "is not a checkpoint"),
-        (None, "is not a checkpoint.*No such file"),
+        (b"no zip", "must be a checkpoint with data only"),
+        (None, "must be a checkpoint with data only.*No such file"),
     ],
 )
 def test_what_is_no_model_of_this_kind_is_one_clear_error(tmp_path, content, reason):
