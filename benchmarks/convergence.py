@@ -1,4 +1,4 @@
-"""How well the app learns: many seeds, as table, plot and JSON.
+"""Measures the accuracy over many seeds; writes a table, a plot and JSON.
 
     python -m benchmarks.convergence --seeds 10 --jobs 2 --out results/fashion_mnist \
         --run-config "dataset='/absolute/path/fashion_mnist'"
@@ -7,14 +7,13 @@
 `--vary "key=value ..."` compare settings side by side, such as `--vary dirichlet-alpha=0.1 --vary
 dirichlet-alpha=100.0`.
 
-Each seed is a `flwr run`. With `--in-process` ServerApp and nodes share one process instead, which has
-the same bits and saves the start-up. Its nodes answer as soon as they are asked, so set
-`query-max-delay=0.0` with it.
+Each seed is a `flwr run`. With `--in-process`, ServerApp and nodes share one process instead, without
+Flower's engine: the central figures are bit-identical. The nodes answer as soon as they are asked, so
+set `query-max-delay=0.0` with it.
 
 OUT.json is written after every run. The same command continues where it was interrupted, and does
-only the seeds that OUT.json lacks. `--jobs 2` does two runs at the same time: a run spends most of
-its time waiting, so it hardly slows down the other. The tables and the plot show the last round and
-the curves, not the best round.
+only the seeds that OUT.json lacks. `--jobs 2` does two runs at the same time; with `--in-process`, each
+takes one core. The tables and the plot show the last round and the curves, not the best round.
 """
 
 from __future__ import annotations
@@ -146,7 +145,7 @@ def do_runs(
     done: Callable[[str, int, Rows], None],
     jobs: int,
 ) -> None:
-    """Do the runs, so many at the same time; tell how far it is and how long it will take."""
+    """Do the runs, `jobs` at the same time; print the progress and the time left."""
     print(f"{len(missing)} runs to do, {jobs} at the same time; a minute or two each ...", flush=True)
     started = time.monotonic()
     with ThreadPoolExecutor(jobs) as executor:
@@ -185,14 +184,14 @@ def cells(results: Sequence[Rows], server_round: int) -> str:
 
 def table(results: Sequence[Rows]) -> str:
     """Return a line for each round in Markdown."""
-    lines = [f"| round | {' | worst | '.join(COLUMNS)} | worst |", f"|{' --- |' * (2 * len(COLUMNS) + 1)}"]
+    lines = [f"| round | {' | worst seed | '.join(COLUMNS)} | worst seed |", f"|{' --- |' * (2 * len(COLUMNS) + 1)}"]
     lines += [f"| {server_round} | {cells(results, server_round)} |" for server_round in range(1, len(results[0]))]
     return "\n".join(lines)
 
 
 def final_table(runs: Mapping[str, Sequence[Rows]]) -> str:
     """Return the last round of each variant in Markdown."""
-    lines = [f"| settings | {' | worst | '.join(COLUMNS)} | worst |", f"|{' --- |' * (2 * len(COLUMNS) + 1)}"]
+    lines = [f"| settings | {' | worst seed | '.join(COLUMNS)} | worst seed |", f"|{' --- |' * (2 * len(COLUMNS) + 1)}"]
     lines += [f"| {name or 'default'} | {cells(results, -1)} |" for name, results in runs.items()]
     return "\n".join(lines)
 

@@ -1,10 +1,9 @@
-"""What the weighting by examples and the opt-in do to the federated accuracy of a finished run.
+"""Measures how opt-in and weighting change the federated accuracy of a finished run.
 
     python -m benchmarks.federated_figure /absolute/path/outputs/2026-11-22/19-17-57 --nodes 50
 
-The final model is evaluated on the validation split of every node, as the nodes would do it.
-The accuracy over all of them is the truth that the run's figure estimates from those that opted
-in and answered in time; many draws of who that is show how far the estimate strays.
+The final model is evaluated on the validation split of every node. The opt-in is drawn many times,
+and the table compares the mean over the nodes that opted in with the mean over all nodes.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ def main() -> None:
     opted_in = opted_in[opted_in.any(axis=1)]
     weighted = opted_in @ (sizes * accuracies) / (opted_in @ sizes)
     plain = opted_in @ accuracies / opted_in.sum(axis=1)
-    print("| | weighted by examples | every node alike |\n| --- | --- | --- |")
+    print("| | weighted by examples | unweighted |\n| --- | --- | --- |")
     print(f"| all {args.nodes} nodes | {np.average(accuracies, weights=sizes):.3f} | {accuracies.mean():.3f} |")
     share = f"{config['opt-in-probability']:.0%} opted in, mean ± std of {DRAWS:,} draws"
     print(f"| {share} | {weighted.mean():.3f} ± {weighted.std():.3f} | {plain.mean():.3f} ± {plain.std():.3f} |")

@@ -1,10 +1,10 @@
-"""What a round costs over a network, and where its time goes: a real federation on this machine.
+"""Measures a round over a network, in a real federation on this machine.
 
     python -m benchmarks.network_round --nodes 3 --out network_round.json
 
-Measured in one run over TLS: the phases; how long the process lives that a SuperNode starts for
-each message; how soon the ServerApp looks again for replies while none come; and how long it
-takes from the moment when a SuperNode has sent a reply until the ServerApp has it in hand.
+One run over TLS gives the seconds of each phase, the lifetime of the process that a SuperNode starts for
+each message, the time between two looks of the ServerApp for replies while none come, and the time
+from sending a reply to having fetched it.
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ def look_figures(log: str, sent: Mapping[int, Sequence[float]]) -> dict[str, flo
         "from one look for replies to the next, s (99th percentile)": statistics.quantiles(gaps, n=100)[98],
     }
     for phase, values in delays.items():
-        figures[f"from a reply sent to a reply in hand, {phase.upper()}, s (median)"] = statistics.median(values)
-    return figures | {"from a reply sent to a reply in hand, s (worst)": max(itertools.chain(*delays.values()))}
+        figures[f"from sending a reply to having fetched it, {phase.upper()}, s (median)"] = statistics.median(values)
+    return figures | {"from sending a reply to having fetched it, s (maximum)": max(itertools.chain(*delays.values()))}
 
 
 class Watch(threading.Thread):
@@ -157,7 +157,7 @@ def main() -> None:
         rows, looks = run.results[2:], look_figures(run.log, sent)
 
     figures = {f"s in {p.upper()}": statistics.median(row[f"seconds_{p}"] for row in rows) for p in PHASES}
-    figures = {"s a round": statistics.median(row["seconds_total"] for row in rows)} | figures
+    figures = {"s per round": statistics.median(row["seconds_total"] for row in rows)} | figures
     figures["life of the process that answers a message, s"] = statistics.median(lifetimes)
     figures |= looks
     print()

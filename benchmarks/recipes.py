@@ -1,9 +1,9 @@
-"""What the recipes of docs/recipes.md change: each beside the app without it, in this process.
+"""Compares the recipes of docs/recipes.md with the unchanged app, in this process.
 
     python -m benchmarks.recipes fedprox --seeds 3
 
-The nodes of a run work one after the other on the bundled images. Where seconds matter, they are
-those of a clock that only waiting moves: a TRAIN message takes as long as the node's pace says.
+The nodes of a run work one after the other on the bundled images. Seconds are those of a simulated
+clock, which only waiting advances: a TRAIN message takes as long as the pace of the node says.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class Experiment:
     variants: list[Variant]
     figures: tuple[str, ...] = ("accuracy",)
     nodes: int = 50
-    slow: float = 1.0  # the tenth of the nodes that is this many times slower
-    wild: int = 0  # the number of nodes that reply with noise
+    slow: float = 1.0  # a tenth of the nodes is this many times slower
+    wild: int = 0  # the number of nodes that add noise to their models
     config: dict[str, Any] = field(default_factory=dict)
 
 

@@ -1,4 +1,4 @@
-"""What a round costs: the app beside its arithmetic alone and beside Flower's engine alone, in one run.
+"""Measures a round of the app, its arithmetic alone and Flower's engine alone, in one run.
 
     python -m benchmarks.round_time --out round_time
     python -m benchmarks.round_time --dataset /absolute/path/fashion_mnist --scale --out round_time
@@ -68,9 +68,9 @@ BIG = 12_000  # units of the first linear layer that give a model of 25 MB
 TARGETS = {
     "50 nodes: app / (floor + engine), a round": 1.0,
     "50 nodes: start-up to the first TRAIN reply, over the engine's, s": 6.0,
-    "1,000 nodes, 100 asked: app, s a round": 4.5,
+    "1,000 nodes, 100 asked: app, s per round": 4.5,
     "1,000 nodes, 100 asked: app / engine with the arithmetic, a round": 1.25,
-    "10,000 nodes, 200 asked: app, s a round": 14.0,
+    "10,000 nodes, 200 asked: app, s per round": 14.0,
     "10,000 nodes, 200 asked: app / engine with the arithmetic, a round": 1.25,
     "10,000 nodes, 200 asked: app, s from nodes listed to row written, first round": 35.0,
     "server, 10,000 nodes against 50, MiB more, beyond the engine's own": 64.0,
@@ -412,7 +412,7 @@ def watch(superlink: LocalSuperLink, pattern: str = "", **arguments: Any) -> Wat
             if pattern and pattern not in watched.seconds_to and re.search(pattern, line):
                 watched.seconds_to[pattern] = time.monotonic() - started
             if found := re.search(r"Round took .*|NOOP round .*", line):
-                print(f"      {found.group().replace('NOOP round', 'engine: nodes, s a round')}", flush=True)
+                print(f"      {found.group().replace('NOOP round', 'engine: nodes, s per round')}", flush=True)
     finally:
         ended.set()
         thread.join()
@@ -520,8 +520,8 @@ class Report:
         columns = {
             "app": "app_round", "TRAIN": "app_train", "QUERY": "app_query", "EVALUATE": "app_evaluate",
             "engine": "engine_round", "floor": "floor", "app / (floor + engine)": "ratio",
-            "engine with the arithmetic": "busy_round", "app / engine with it": "busy_ratio",
-            "first round": "app_first", "of the engine": "engine_first",
+            "engine with the arithmetic": "busy_round", "app / engine with the arithmetic": "busy_ratio",
+            "first round, app": "app_first", "first round, engine": "engine_first",
         }  # fmt: skip
         lines = [f"| nodes | asked | {' | '.join(columns)} |", f"|{' --- |' * (len(columns) + 2)}"]
         for row in self.scale:
@@ -536,8 +536,8 @@ class Report:
         slope, start = np.polyfit(nodes, [row["app_round"] for row in rows], 1)
         engine_slope, engine_start = np.polyfit(nodes, [row["engine_round"] for row in rows], 1)
         return (
-            f"A round takes {start:.1f} s and {1000 * slope:.2f} s for each 1,000 nodes; the engine alone "
-            f"{engine_start:.1f} s and {1000 * engine_slope:.2f} s. With 100,000 nodes that would be "
+            f"A round takes {start:.1f} s plus {1000 * slope:.2f} s per 1,000 nodes, and the engine alone "
+            f"{engine_start:.1f} s plus {1000 * engine_slope:.2f} s. With 100,000 nodes that would be "
             f"{start + 1e5 * slope:.0f} s, {engine_start + 1e5 * engine_slope:.0f} s of it the engine's."
         )
 
@@ -591,23 +591,23 @@ def measure(superlink: LocalSuperLink, noop: Path, report: Report, progress: Pro
     progress.next("app with the default stragglers")
     stragglers = watch(superlink, num_server_rounds=rounds, nodes=50, **setting.run_config()).run.results[2:]
 
-    figures["50 nodes: floor, s a round"] = statistics.median(bare)
-    figures["50 nodes: engine, s a round"] = statistics.median(engine)
-    figures["50 nodes: engine with the arithmetic, s a round"] = statistics.median(busy)
-    figures["50 nodes: engine by send_and_receive, s a round"] = statistics.median(naive.engine("round")[1:])
-    figures["50 nodes: app, s a round"] = median_of(app, "seconds_total") - median_of(app, "seconds_nodes")
+    figures["50 nodes: floor, s per round"] = statistics.median(bare)
+    figures["50 nodes: engine, s per round"] = statistics.median(engine)
+    figures["50 nodes: engine with the arithmetic, s per round"] = statistics.median(busy)
+    figures["50 nodes: engine by send_and_receive, s per round"] = statistics.median(naive.engine("round")[1:])
+    figures["50 nodes: app, s per round"] = median_of(app, "seconds_total") - median_of(app, "seconds_nodes")
     for phase in PHASES:
         figures[f"50 nodes: app, s in {phase.upper()}"] = median_of(app, f"seconds_{phase}")
     figures["50 nodes: app, s in the central evaluation"] = median_of(app, "seconds_central")
-    figures["50 nodes: app with stragglers, s a round"] = median_of(stragglers, "seconds_total")
+    figures["50 nodes: app with stragglers, s per round"] = median_of(stragglers, "seconds_total")
     figures["50 nodes: app / floor, a round"] = (
-        figures["50 nodes: app, s a round"] / figures["50 nodes: floor, s a round"]
+        figures["50 nodes: app, s per round"] / figures["50 nodes: floor, s per round"]
     )
-    figures["50 nodes: app / (floor + engine), a round"] = figures["50 nodes: app, s a round"] / (
-        figures["50 nodes: floor, s a round"] + figures["50 nodes: engine, s a round"]
+    figures["50 nodes: app / (floor + engine), a round"] = figures["50 nodes: app, s per round"] / (
+        figures["50 nodes: floor, s per round"] + figures["50 nodes: engine, s per round"]
     )
     figures["50 nodes: app / engine with the arithmetic, a round"] = (
-        figures["50 nodes: app, s a round"] / figures["50 nodes: engine with the arithmetic, s a round"]
+        figures["50 nodes: app, s per round"] / figures["50 nodes: engine with the arithmetic, s per round"]
     )
     figures["50 nodes: server, peak MiB"] = watched.server_peak / MIB
     figures["50 nodes: worker, peak MiB"] = watched.worker_peak / MIB
@@ -648,7 +648,7 @@ def measure_scale(
         row["busy_ratio"] = row["app_round"] / row["busy_round"]
         report.scale.append(row)
         for name, key in (
-            ("app, s a round", "app_round"),
+            ("app, s per round", "app_round"),
             ("app / engine with the arithmetic, a round", "busy_ratio"),
             ("app, s from nodes listed to row written, first round", "app_first"),
         ):
@@ -672,7 +672,7 @@ def measure_big(
         superlink, setting, {"app": big_app(folder)}, {"app": noop, "parameters": (512 + 11) * BIG}, rounds
     )
     for key, name in (
-        ("app_round", "app, s a round"), ("engine_round", "engine, s a round"), ("floor", "floor, s a round"),
+        ("app_round", "app, s per round"), ("engine_round", "engine, s per round"), ("floor", "floor, s per round"),
         ("ratio", "app / (floor + engine), a round"), ("app_train", "app, s in TRAIN"),
     ):  # fmt: skip
         report.figures[f"25 MB, 50 of 500 nodes train: {name}"] = row[key]

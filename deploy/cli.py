@@ -1,4 +1,4 @@
-"""What tests, benchmarks and the local federation share: Flower's command line and its processes."""
+"""Flower's command line and its processes, for the tests, the benchmarks and the local federation."""
 
 from __future__ import annotations
 
@@ -162,8 +162,8 @@ class FlowerCli:
             "FLWR_TELEMETRY_ENABLED": "0",
             "PYTHONUNBUFFERED": "1",
         }
-        # W&B leaves the address of its process in the environment of the process that has used it. A run
-        # that joined it would find its W&B id still in use by the run that was killed before it.
+        # W&B stores the address of its service in this variable. A run that used the service of a killed
+        # run would find its W&B id still in use.
         self.env.pop("WANDB_SERVICE", None)
         self.env |= env or {}
 

@@ -230,7 +230,7 @@ def test_the_round_time_prints_the_documented_figures(small_round_time, superlin
     for key, value in figures.items():
         target = f"≤ {round_time.TARGETS[key]:g}" if key in round_time.TARGETS else ""
         assert f"| {key} | {target} | {value:.2f} |" in shown
-    ratio = figures["50 nodes: app, s a round"] / figures["50 nodes: floor, s a round"]
+    ratio = figures["50 nodes: app, s per round"] / figures["50 nodes: floor, s per round"]
     assert figures["50 nodes: app / floor, a round"] == ratio > 0
     assert out.with_name("round_time.png").read_bytes().startswith(b"\x89PNG")
     steps = re.findall(r"^\[(\d+)/(\d+), ", shown, re.MULTILINE)
@@ -243,7 +243,7 @@ def test_the_law_is_a_straight_line_over_the_nodes():
         seconds = {"app_round": 3 + nodes / 1000, "engine_round": 1 + nodes / 2000} if asked == 200 else {}
         report.scale.append({"nodes": nodes, "asked": asked} | seconds)
     assert report.law() == (
-        "A round takes 3.0 s and 1.00 s for each 1,000 nodes; the engine alone 1.0 s and 0.50 s. "
+        "A round takes 3.0 s plus 1.00 s per 1,000 nodes, and the engine alone 1.0 s plus 0.50 s. "
         "With 100,000 nodes that would be 103 s, 51 s of it the engine's."
     )
 
@@ -299,7 +299,7 @@ def test_a_round_over_the_network_prints_the_documented_figures(superlink, monke
     shown = capsys.readouterr().out
     assert all(f"| {key} | {value:.2f} |" in shown for key, value in figures.items())
     assert figures["s in TRAIN"] >= 0.4
-    assert 0 < figures["from a reply sent to a reply in hand, TRAIN, s (median)"] < 2
+    assert 0 < figures["from sending a reply to having fetched it, TRAIN, s (median)"] < 2
 
 
 def test_the_big_model_has_25_mb(monkeypatch, tmp_path):
@@ -374,10 +374,10 @@ def test_replies_are_matched_with_what_their_node_had_sent():
     figures = look_figures(log, {7: [10.7, 31.0], 8: [10.9, 21.0]})
     # The gaps are 0.2 and 0.3 s in QUERY and 0.4 s in TRAIN.
     assert figures["from one look for replies to the next, s (median)"] == pytest.approx(0.3)
-    assert figures["from a reply sent to a reply in hand, QUERY, s (median)"] == pytest.approx(0.2)
-    assert figures["from a reply sent to a reply in hand, TRAIN, s (median)"] == pytest.approx(0.4)
-    assert figures["from a reply sent to a reply in hand, EVALUATE, s (median)"] == pytest.approx(1.0)
-    assert figures["from a reply sent to a reply in hand, s (worst)"] == pytest.approx(1.0)
+    assert figures["from sending a reply to having fetched it, QUERY, s (median)"] == pytest.approx(0.2)
+    assert figures["from sending a reply to having fetched it, TRAIN, s (median)"] == pytest.approx(0.4)
+    assert figures["from sending a reply to having fetched it, EVALUATE, s (median)"] == pytest.approx(1.0)
+    assert figures["from sending a reply to having fetched it, s (maximum)"] == pytest.approx(1.0)
 
 
 def test_the_table_of_seeds_has_mean_deviation_and_worst():

@@ -155,7 +155,7 @@ def test_the_snippet_classifies_image_files(app, tiny_dataset, tmp_path, monkeyp
         Image.fromarray(np.asarray(image[0])).save(files[-1])
     code = re.search(r"<!-- example: use a model -->\n```python\n(.*?)```", README, re.DOTALL).group(1)
     example_directory = re.search(r'run = Path\("([^"]+)"\)', code).group(1)
-    code = code.replace(example_directory, str(directory)).replace("ankle_boot.png", str(files[0]))
+    code = code.replace(example_directory, str(directory)).replace("image.png", str(files[0]))
     # The code alone: nothing of this test, and a working directory without the run.
     monkeypatch.chdir(tmp_path)
     namespace: dict = {}
