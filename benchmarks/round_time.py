@@ -13,6 +13,8 @@
 - engine with the arithmetic: the same app, whose handlers train and test the app's model on as many random
   images in memory, and whose ServerApp averages the models and tests their mean. Unlike the sum of floor and
   engine, it has the phases of a round, and the engine's threads compete with the arithmetic for the cores;
+- engine with the imports: an app whose handlers only import what the app imports, and create one optimizer. It gives
+  the part of the start-up that is spent on imports;
 - app: the real `flwr run`, the median of the rounds after the first, without stragglers; and once
   with the default ones.
 
@@ -97,6 +99,12 @@ def images(count):
     pixels = torch.randint(0, 256, (count, 1, 28, 28), dtype=torch.uint8)
     return Split(pixels, torch.arange(count) % 10, [str(i) for i in range(10)])
 
+def prepare_node():
+    pass
+
+def prepare_server():
+    pass
+
 def model(arrays):
     from pytorch_example_low_level.task import make_model
     net = make_model(1, 10)
@@ -110,6 +118,7 @@ def test(arrays, count):
 
 @client.train()
 def train(msg, context):
+    prepare_node()
     arrays, count = msg.content["arrays"], context.run_config["train-images"]
     if count:
         import torch
@@ -166,6 +175,7 @@ def mean(replies, like):
 
 @server.main()
 def main(grid, context):
+    prepare_server()
     cfg = context.run_config
     if cfg["test-images"]:
         from pytorch_example_low_level.task import make_model
@@ -199,6 +209,18 @@ def main(grid, context):
             exchange(MessageType.QUERY, cfg["asked"])
         exchange(MessageType.EVALUATE, cfg["evaluated"])
         print(f"NOOP round {len(connected)} {time.monotonic() - started:.6f}", flush=True)
+"""
+
+IMPORTS = """
+import torch
+
+@lru_cache
+def prepare_node():
+    import flwr_datasets.partitioner
+    torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+
+def prepare_server():
+    import datasets
 """
 
 NOOP_PROJECT = """
@@ -442,11 +464,11 @@ def peak_kib(process: Path) -> int:
     return 0
 
 
-def noop_app(folder: Path) -> Path:
-    """Write the app whose handlers do nothing."""
+def noop_app(folder: Path, more: str = "") -> Path:
+    """Write the app whose handlers do nothing, with more code at its end."""
     (folder / "noop").mkdir(parents=True)
     (folder / "noop" / "__init__.py").touch()
-    (folder / "noop" / "app.py").write_text(NOOP_APP)
+    (folder / "noop" / "app.py").write_text(NOOP_APP + more)
     (folder / "pyproject.toml").write_text(NOOP_PROJECT)
     shutil.copy(PROJECT / "LICENSE", folder)
     return folder
@@ -614,14 +636,16 @@ def measure(superlink: LocalSuperLink, noop: Path, report: Report, progress: Pro
     report.save()
 
     progress.next(f"start-up of app and engine, {STARTS} times each")
-    starts: dict[str, list[float]] = {"app": [], "engine": []}
+    starts: dict[str, list[float]] = {"app": [], "engine": [], "engine with the imports": []}
+    importing = noop_app(noop.with_name("importing-app"), IMPORTS)
     one = quick | {"fraction_clients_train": 0.001, "num_server_rounds": 1}
     few: dict[str, Any] = {"trained": 1, "asked": 1, "evaluated": 1, "rounds": 1}
     for _ in range(STARTS):
         first = r"Received 1/1 results \(TRAIN\)"
         starts["app"].append(watch(superlink, first, **one).seconds_to[first])
         first = "NOOP train"
-        starts["engine"].append(watch(superlink, first, nodes=50, app=noop, **few).seconds_to[first])
+        for name, which in (("engine", noop), ("engine with the imports", importing)):
+            starts[name].append(watch(superlink, first, nodes=50, app=which, **few).seconds_to[first])
     for name, values in starts.items():
         figures[f"50 nodes: {name}, s to the first TRAIN reply"] = statistics.median(values)
     figures["50 nodes: start-up to the first TRAIN reply, over the engine's, s"] = (
@@ -719,7 +743,7 @@ def steps(sizes: Sequence[tuple[int, int]], rounds: int, scale_rounds: int) -> l
             (f"engine with the arithmetic ({turn} of 2)", 25 + 2 * rounds),
         ]
     found += [("engine by send_and_receive", 15 + rounds), ("app with the default stragglers", 25 + 4 * rounds)]
-    found += [(f"start-up of app and engine, {STARTS} times each", STARTS * 50.0)]
+    found += [(f"start-up of app and engine, {STARTS} times each", STARTS * 70.0)]
     for nodes, asked in sizes:
         name = f"{Setting(nodes, 50, asked, '')}: app, engine and floor"
         found.append((name, 110 + nodes / 150 + scale_rounds * (9 + nodes / 300)))
