@@ -30,7 +30,7 @@ def evaluate_nodes(directory: Path, nodes: int) -> tuple[np.ndarray, np.ndarray,
     accuracies, sizes = np.zeros(nodes), np.zeros(nodes)
     for node in range(nodes):
         validation = task.load_partition(node, nodes, *data)["validation"]
-        accuracies[node] = task.test(net, validation, torch.device("cpu")).accuracy
+        _, accuracies[node], _ = task.test(net, validation, torch.device("cpu"))
         sizes[node] = len(validation)
     return accuracies, sizes, config
 

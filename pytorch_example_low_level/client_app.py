@@ -48,11 +48,11 @@ app = ClientApp(mods=[report_errors])
 
 @app.train()
 def train(msg: Message, context: Context) -> Message:
-    """Train the received model on this node's training split; return it with the number of examples."""
+    """Train the received model on this node's training split; return it with "num-examples", its weight in FedAvg."""
     check_deadline(msg)
     config = RunConfig.from_context(context)
     data = local_split("train", msg, config, context)
-    net = received_model(msg, data)
+    net = received_model(msg, data, config)
     stream = random_stream(config.seed, Purpose.TRAIN, int(number(msg, "server-round")), partition_of(context))
     seed = int(stream.integers(2**63))
     torch.set_num_threads(1)  # the number of threads changes the last bits of a sum
@@ -60,7 +60,6 @@ def train(msg: Message, context: Context) -> Message:
     device = task.pick_device()
     train_loss = task.train(net, data, config, lr=number(msg, "lr"), seed=seed, device=device, deadline=deadline(msg))
 
-    # "num-examples" is the weight that FedAvg gives to this node's model.
     metrics = MetricRecord({"train_loss": train_loss, "num-examples": len(data)})
     content = RecordDict({"arrays": to_array_record(net.state_dict()), "metrics": metrics})
     return Message(content, reply_to=msg)
@@ -70,8 +69,9 @@ def train(msg: Message, context: Context) -> Message:
 def evaluate(msg: Message, context: Context) -> Message:
     """Evaluate the received model on this node's validation split."""
     check_deadline(msg)
-    data = local_split("validation", msg, RunConfig.from_context(context), context)
-    net = received_model(msg, data)
+    config = RunConfig.from_context(context)
+    data = local_split("validation", msg, config, context)
+    net = received_model(msg, data, config)
     torch.set_num_threads(1)
 
     loss, accuracy, _ = task.test(net, data, task.pick_device())
@@ -117,15 +117,15 @@ def check_deadline(msg: Message) -> None:
         raise TimeoutError("the deadline passed before the message was handled")
 
 
-def received_model(msg: Message, data: task.Split) -> nn.Module:
+def received_model(msg: Message, data: task.Split, config: RunConfig) -> nn.Module:
     """Return the server's model. Raises DataError when it does not fit this node's images."""
-    in_channels = data.images.shape[1]
-    net = task.make_model(in_channels, len(data.class_names))
+    # The seed, because a model may have random buffers that are not in its state_dict.
+    net = task.initial_model(data.images.shape[1], len(data.class_names), config.seed)
     try:
         net.load_state_dict(msg.content.array_records["arrays"].to_torch_state_dict())
     except RuntimeError as error:
         raise task.DataError(
-            f"the server's model does not fit this node's images, which have {in_channels} channels and "
+            f"the server's model does not fit this node's images, which have {data.images.shape[1]} channels and "
             f"{len(data.class_names)} classes: {error}"
         ) from error
     return net

@@ -110,7 +110,7 @@ class Mailbox:
         """Send `content` to each node, and add the deadline (seconds since the epoch) to its record "config"."""
         batch = Batch(message_type, server_round, timeout, time.time() + timeout, len(nodes))
         # Flower loses all replies of a request if it cannot decode one. Over a network, each has its own request.
-        self.together = MAX_LOOK if all(node.simulated for node in nodes) else 1
+        self.together = MAX_LOOK if any(node.simulated for node in nodes) else 1
         config = ConfigRecord({**content.config_records.get("config", {}), "deadline": batch.deadline})
         content = RecordDict({**content, "config": config})
         # All messages share one content, so the model is not copied for each node.
@@ -154,7 +154,7 @@ class Mailbox:
         replies of earlier phases are fetched and dropped, because a simulation searches all messages that it holds.
         """
         is_last_look = time.time() >= batch.deadline
-        late = {self.late.popleft(): None for _ in range(min(len(self.late), MAX_LOOK - len(ids)))}
+        late = {self.late.popleft(): None for _ in range(min(len(self.late), MAX_WAITING, MAX_LOOK - len(ids)))}
         values: dict[str, T] = {}
         for message_id, reply in self._pull([*ids, *late]):
             late.pop(message_id, None)

@@ -71,8 +71,8 @@ def start_wandb(config: RunConfig, directory: Path, wandb_id: str) -> wandb.Run:
     options: dict[str, Any] = {"project": config.wandb_project, "dir": directory, "config": config.to_dict()}
     tags = ["flower", "low-level-api", config.partitioner]
     options |= {"id": wandb_id or None, "resume": "allow", "tags": tags}
-    # Flower reads this process's output, so W&B must leave it alone.
-    options["settings"] = wandb.Settings(init_timeout=20, console="off", silent=True)
+    # Flower reads this process's output, so W&B must leave it alone. Without a timeout, `finish` may wait for ever.
+    options["settings"] = wandb.Settings(init_timeout=20, finish_timeout=60, console="off", silent=True)
     try:
         run = wandb.init(**options)
     except Exception as error:  # W&B raises many classes, for a missing account, network or process

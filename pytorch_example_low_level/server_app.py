@@ -78,8 +78,8 @@ def main(grid: Grid, context: Context) -> None:
                 queries = send_queries(mailbox, sample_asked(nodes, config, server_round), server_round, config)
             row |= evaluate_centrally(net, state.model, test_split, device)
             row["seconds_central"] = stopwatch.lap()
-            if state.note_best(row):
-                log.info("🎉 New best global model found: %f", state.best_accuracy)
+            if state.is_best(row):
+                log.info("🎉 New best global model found: %f", row["centralized_accuracy"])
 
             if queries is not None:
                 # --- 4. QUERY: the nodes that opt in before the deadline
@@ -110,7 +110,7 @@ def wait_for_nodes(grid: Grid, config: RunConfig, before: int | None, *, resumed
     `node-wait-timeout`, and when a resumed simulation has another number of nodes: it would
     distribute the images anew, and nodes would train on what others had for validation.
     """
-    started, last, log_at = time.monotonic(), before, 1.0
+    started, last, log_at = time.monotonic(), None if resumed else before, 1.0
     while True:
         nodes = messaging.connected_nodes(grid)
         waited = time.monotonic() - started

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from importlib.util import find_spec
 from logging import getLogger
 from math import ceil, inf
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,12 +28,13 @@ if TYPE_CHECKING:
     from PIL import Image
 
 StateDict = dict[str, Tensor]
+PerClass = list[float | None]  # None for a class without images
 log = getLogger("flwr")
 
 BUNDLED = "fashion-mnist-sample"
 ON_THE_HUB = "zalando-datasets/fashion_mnist"  # used if the bundled images are not installed
 VALIDATION_SHARE = 0.2  # of a node's images; the rest is for training
-TEST_SPLITS = ("test", "validation", "valid")  # the first of these that a data set has is used
+TEST_SPLITS = ("test", "validation", "valid")  # the first of these that has labels is used
 MIN_PARTITION = 5  # images: four to train on, one to validate on
 
 
@@ -64,15 +66,14 @@ class Net(nn.Module):
         # After the pooling, normalisation and ReLU process a quarter of the values.
         x = F.relu(self.norm1(F.max_pool2d(self.conv1(x), 2)))
         x = F.relu(self.norm2(F.max_pool2d(self.conv2(x), 2)))
-        if x.shape[-2:] != (4, 4):  # 28x28 images give 4x4 here, 32x32 give 5x5
-            x = F.adaptive_avg_pool2d(x, 4)
+        x = F.avg_pool2d(x, x.shape[-1] - 3, stride=1)  # 4x4, also where it is 5x5, as from 32x32 images
         x = F.relu(self.fc1(x.flatten(1)))
         logits: Tensor = self.fc2(x)
         return logits
 
 
 def make_model(in_channels: int, num_classes: int) -> nn.Module:
-    """Create the model. To use another one, change only this function: server and nodes call it."""
+    """Create the model, which maps float32 images to logits. To use another one, change only this function."""
     return Net(in_channels, num_classes)
 
 
@@ -142,18 +143,18 @@ def load_folder(path: str, partition_id: int, seed: int) -> dict[str, Split]:
     """Load the "train" and the "validation" part of a node's own folder of images. Raises DataError."""
     with _explained(f"data-path {path!r}"):
         splits = _load(path)
-        rows = splits["train"] if "train" in splits else next(iter(splits.values()))
-        return _train_and_validation(_to_split(_decode(rows, in_memory=True)), seed, partition_id)
+        rows = _decode(splits, "train" if "train" in splits else next(iter(splits)), in_memory=True)
+        return _train_and_validation(_to_split(rows), seed, partition_id)
 
 
 def load_test_split(dataset: str) -> Split:
     """Load the images for the central evaluation. Raises DataError."""
     with _explained(f"dataset {dataset!r}"):
         splits = _load(dataset)
-        name = next((name for name in TEST_SPLITS if name in splits), None)
-        if name is None:
-            raise DataError(f"there is no split {' or '.join(TEST_SPLITS)}; the splits are {list(splits)}")
-        return _to_split(_decode(splits[name]))
+        present = [name for name in TEST_SPLITS if name in splits and set(splits[name].unique("label")) - {None, -1}]
+        if not present:
+            raise DataError(f"there is no split {' or '.join(TEST_SPLITS)} with labels; the splits are {list(splits)}")
+        return _to_split(_decode(splits, present[0]))
 
 
 @lru_cache(maxsize=1)  # one per process: loading and partitioning take seconds
@@ -166,7 +167,7 @@ def partitions(
     splits = _load(dataset)
     if "train" not in splits:
         raise DataError(f"there is no split train; the splits are {list(splits)}")
-    rows = _decode(splits["train"]) if decoded else splits["train"].with_format("arrow")
+    rows = _decode(splits, "train") if decoded else splits["train"].with_format("arrow")
     if len(rows) < MIN_PARTITION * num_partitions:
         raise DataError(
             f"{len(rows)} training images are too few for {num_partitions} nodes, each of which needs {MIN_PARTITION}"
@@ -210,6 +211,8 @@ def _load(dataset: str) -> datasets.DatasetDict:
         raise DataError(f"there is no folder {path.absolute()}")
     else:
         splits = datasets.load_dataset(str(path.resolve()) if path.is_dir() else dataset)
+        if path.is_dir() and next(iter(splits.values())).column_names == ["image"]:  # a folder with only one class
+            splits = datasets.load_dataset("imagefolder", data_dir=str(path.resolve()), drop_labels=False)
     return _canonical(splits if isinstance(splits, datasets.DatasetDict) else datasets.DatasetDict(train=splits))
 
 
@@ -239,32 +242,41 @@ def _canonical(splits: datasets.DatasetDict) -> datasets.DatasetDict:
     return splits.rename_columns({o: n for o, n in ((images[0], "image"), (labels[0], "label")) if o != n})
 
 
-def _decode(rows: datasets.Dataset, *, in_memory: bool = False) -> datasets.Dataset:
-    """Replace the column "image" by "pixels", the bytes (H, W, C). Hugging Face caches the result.
+def _decode(splits: datasets.DatasetDict, name: str, *, in_memory: bool = False) -> datasets.Dataset:
+    """Replace the column "image" of a split by "pixels", the bytes (H, W, C). Hugging Face caches the result.
 
-    Images become RGB unless all of a hundred rows are grey, and 32x32 unless the first is 28x28.
+    All splits get the same format. Images become RGB unless about a hundred of each split are all grey, and 32x32
+    unless these are all 28x28.
     """
-    rows = rows.with_format(None)
-    modes = {rows[row]["image"].mode for row in range(0, len(rows), max(1, len(rows) // 100))}
-    in_channels = 1 if modes <= {"1", "L"} else 3
-    size = 28 if len(rows) and rows[0]["image"].size == (28, 28) else 32
-    to_bytes = partial(_decode_batch, in_channels=in_channels, size=size)
+    splits = splits.with_format(None)
+    sampled = ((rows, row) for rows in splits.values() for row in range(0, len(rows), max(1, len(rows) // 100)))
+    formats = {(image.mode, image.size) for rows, row in sampled for image in [rows[row]["image"]]}
+    in_channels = 1 if {mode for mode, _ in formats} <= {"1", "L"} else 3
+    to_pixels = pixel_converter(in_channels, 28 if {size for _, size in formats} == {(28, 28)} else 32)
+
+    def to_bytes(batch: dict[str, list[Any]]) -> dict[str, list[bytes]]:
+        return {"pixels": [to_pixels(image).tobytes() for image in batch["image"]]}
+
+    rows = splits[name]
+    in_memory = in_memory or not all(os.access(Path(file["filename"]).parent, os.W_OK) for file in rows.cache_files)
     # Batches are small because photos are decoded at their full size.
     decoded = rows.map(to_bytes, batched=True, batch_size=50, remove_columns=["image"], keep_in_memory=in_memory)
     return decoded.with_format("arrow")  # 40 times as fast as Python lists
 
 
-def _decode_batch(batch: dict[str, list[Any]], in_channels: int, size: int) -> dict[str, list[bytes]]:
-    return {"pixels": [to_pixels(image, in_channels, size).tobytes() for image in batch["image"]]}
+def pixel_converter(in_channels: int, size: int) -> Callable[[Image.Image], np.ndarray]:
+    """Return a function that converts an image to uint8 (size, size, in_channels): grey or RGB, resized if necessary.
 
+    Hugging Face's cache notices a change in a nested function; it knows other functions only by their names.
+    """
 
-def to_pixels(image: Image.Image, in_channels: int, size: int) -> np.ndarray:
-    """Return an image as uint8 (size, size, in_channels): grey or RGB, resized if necessary."""
-    if image.mode.startswith(("I", "F")):  # 16 bits or more: `convert` would clip at 255
-        raise DataError(f"an image has mode {image.mode}; convert the images to 8 bits a channel")
-    image = image.convert("L" if in_channels == 1 else "RGB")
-    image = image if image.size == (size, size) else image.resize((size, size))
-    return np.asarray(image).reshape(size, size, in_channels)
+    def to_pixels(image: Image.Image) -> np.ndarray:
+        if image.mode.startswith(("I", "F")):  # 16 bits or more: `convert` would clip at 255
+            raise DataError(f"an image has mode {image.mode}; convert the images to 8 bits a channel")
+        image = image.convert("L" if in_channels == 1 else "RGB").resize((size, size))
+        return np.asarray(image).reshape(size, size, in_channels)
+
+    return to_pixels
 
 
 def _to_split(rows: datasets.Dataset) -> Split:
@@ -328,7 +340,7 @@ def train(
 
     losses, sizes = [], []
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)  # for layers that draw from the global generator, such as Dropout
+        torch.manual_seed(seed + 1)  # for layers that draw from the global generator, such as Dropout
         for _ in range(config.local_epochs):
             order = torch.randperm(len(data), generator=generator).to(device)
             # Batches of nearly equal size: BatchNorm cannot train on a last batch of one image.
@@ -345,17 +357,9 @@ def train(
     return float(np.average(torch.stack(losses).cpu().double(), weights=sizes))
 
 
-class Evaluation(NamedTuple):
-    """Mean loss, accuracy, and the accuracy of each class, which is None for a class without images."""
-
-    loss: float
-    accuracy: float
-    per_class: list[float | None]
-
-
 @torch.no_grad()
-def test(net: nn.Module, data: Split, device: torch.device, batch_size: int = 500) -> Evaluation:
-    """Evaluate `net` on `data`; the means do not depend on the batch size. Raises DataError without images."""
+def test(net: nn.Module, data: Split, device: torch.device, batch_size: int = 500) -> tuple[float, float, PerClass]:
+    """Return mean loss, accuracy and accuracy of each class, for any batch size. Raises DataError without images."""
     if not len(data):
         raise DataError("the split to evaluate on is empty")
     was_training = net.training
@@ -367,9 +371,9 @@ def test(net: nn.Module, data: Split, device: torch.device, batch_size: int = 50
         hits.append(logits.argmax(1) == labels)
     net.train(was_training)
     hit = torch.cat(hits)
-    of_class = [hit[data.labels == number].double() for number in range(len(data.class_names))]
-    per_class = [found.mean().item() if len(found) else None for found in of_class]
-    return Evaluation(loss / len(data), hit.sum().item() / len(data), per_class)
+    total, right = (torch.bincount(each, minlength=len(data.class_names)) for each in (data.labels, data.labels[hit]))
+    per_class = [r / t if t else None for r, t in zip(right.tolist(), total.tolist(), strict=True)]
+    return loss / len(data), right.sum().item() / len(data), per_class
 
 
 def normalise(images: Tensor) -> Tensor:

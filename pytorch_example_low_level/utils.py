@@ -105,12 +105,9 @@ class ServerState:
     wandb_id: str = ""  # a resumed run continues under it
     last_fault: str = ""  # why the last TRAIN reply was left out
 
-    def note_best(self, row: Row) -> bool:
-        """Record the round if it has the best central accuracy so far; return whether it has."""
-        if self.best_accuracy is not None and row["centralized_accuracy"] <= self.best_accuracy:
-            return False
-        self.best_round, self.best_accuracy = row["round"], row["centralized_accuracy"]
-        return True
+    def is_best(self, row: Row) -> bool:
+        """Return whether a round has a better central accuracy than all committed rounds."""
+        return self.best_accuracy is None or row["centralized_accuracy"] > self.best_accuracy
 
 
 def new_row(server_round: int, lr: float | None = None) -> Row:
@@ -246,8 +243,8 @@ def locked(directory: Path) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout as error:
         run_id = "RUN_ID"  # in its first moments, a run has no run_config.json
-        with suppress(OSError, KeyError):
-            run_id = json.loads((directory / "run_config.json").read_text())["run-id"]
+        with suppress(OSError, ValueError, KeyError):
+            run_id = json.loads((directory / "run_config.json").read_text(encoding="utf-8"))["run-id"]
         text = f"resume-from: {directory} is in use by run {run_id}. To stop it: flwr stop {run_id}"
         raise UserError(text) from error
     except (NotImplementedError, OSError) as error:
@@ -261,6 +258,8 @@ def locked(directory: Path) -> Iterator[None]:
 def load_state(directory: Path, identity: Mapping[str, Any]) -> ServerState:
     """Read the last checkpoint. Raises UserError when it belongs to a run with other settings."""
     path = directory / "checkpoints" / "last.pt"
+    if not path.exists():
+        raise UserError(f"resume-from: the run in {directory} has not committed a round; start a new run")
     checkpoint = load_checkpoint(path)
     try:
         theirs, state = checkpoint["identity"], ServerState(**checkpoint["state"])
@@ -306,6 +305,8 @@ class Recorder:
 
     def commit(self, row: Row, accuracies: Sequence[float] = ()) -> None:
         """Commit a round: `row` is its object in results.json, `accuracies` are those of the nodes."""
+        if self.state.is_best(row):
+            self.state.best_round, self.state.best_accuracy = row["round"], row["centralized_accuracy"]
         self.state.server_round = row["round"]
         self.state.results.append(row)
         # Everything else can be restored from this file, so writing it commits the round.

@@ -72,7 +72,7 @@ class InProcessSuperLink:
         return FinishedRun("1", "", "finished:completed", directory)
 
     def lines(self, nodes: int, app: Path = PROJECT, **run_config) -> list[str]:
-        if app.name == "noop-app":
+        if app.name in ("noop-app", "importing-app"):
             few = {"rounds": 2, "parameters": 80, "trained": 2, "asked": NODES, "evaluated": 3}
             few |= {f"{part}-images": 8 * (f"{part}_images" in run_config) for part in ("train", "validation", "test")}
             return run_noop(app, few | {"send-and-receive": "send_and_receive" in run_config})

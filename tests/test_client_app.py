@@ -11,9 +11,9 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from torch import nn
 
 from pytorch_example_low_level import client_app, task
-from pytorch_example_low_level.config import Purpose, random_stream
+from pytorch_example_low_level.config import Purpose, RunConfig, random_stream
 from tests.conftest import model, results, same_bits
-from tests.grid import InProcessGrid, run_config
+from tests.grid import InProcessGrid, make_context, run_config
 
 NODES = 3  # with partitions of 21 to 72 images
 SETTINGS = {
@@ -138,6 +138,20 @@ def test_before_the_deadline_or_without_one_the_work_is_done(settings, deadline)
     assert ask(settings, MessageType.EVALUATE, content).has_content()
 
 
+def test_a_random_buffer_that_is_not_sent_is_that_of_the_server(settings, monkeypatch):
+    class Mixing(task.Net):
+        def __init__(self, in_channels, num_classes):
+            super().__init__(in_channels, num_classes)
+            self.register_buffer("mix", torch.rand(num_classes), persistent=False)
+
+    monkeypatch.setattr(task, "make_model", Mixing)
+    data = local(settings["dataset"], 0)["validation"]
+    server = task.initial_model(1, 10, settings["seed"])
+    msg = Message(instructions(server), 1, MessageType.TRAIN)
+    node = client_app.received_model(msg, data, RunConfig.from_context(make_context(settings)))
+    assert torch.equal(node.mix, server.mix)
+
+
 # ------------------------------------------------------------------------------------ QUERY
 
 
@@ -176,6 +190,13 @@ def test_nodes_opt_in_with_the_probability_asked_for(sleeps, probability):
         assert len(set(zip(*answers, strict=True))) > 45  # and hardly two nodes
         assert opt_ins(config, rounds=2, nodes=50, max_delay=0.0) == answers[:2]
         assert opt_ins(config | {"seed": 4}, rounds=2, nodes=50, max_delay=0.0) != answers[:2]
+
+
+def test_the_opt_in_does_not_follow_the_stream_of_the_training(sleeps):
+    config = run_config(opt_in_probability=0.5, seed=3)
+    streams = [random_stream(3, Purpose.TRAIN, 1, partition).random(2) for partition in range(50)]
+    (answers,) = opt_ins(config, rounds=1, nodes=50, max_delay=0.0)
+    assert answers != [bool(chance < 0.5) for _, chance in streams]
 
 
 def test_a_delay_is_uniform_and_never_passes_the_deadline(sleeps):

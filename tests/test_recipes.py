@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from flwr.app import Message, MessageType, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from matplotlib.figure import Figure
 
 from tests.conftest import same_bits
@@ -389,10 +389,10 @@ def test_stop_without_progress_even_across_a_resume(try_out, tmp_path, monkeypat
     app = changed_app("early-stop")
     settings = {"num_server_rounds": 20, "target_accuracy": 2.0, "patience": 3, "learning_rate": 1e-9}
     whole = try_out(app, **settings)
-    best = whole.rows[1]["centralized_accuracy"]
-    assert all(row["centralized_accuracy"] == best for row in whole.rows[1:])
-    assert len(whole.rows) - 1 == 1 + 3  # the first round is the best, and three are not better
-    again = resumed(app, try_out, tmp_path, monkeypatch, after=3, **settings)
+    best = whole.rows[0]["centralized_accuracy"]
+    assert all(row["centralized_accuracy"] == best for row in whole.rows)
+    assert len(whole.rows) - 1 == 3  # the initial model is the best, and three rounds are not better
+    again = resumed(app, try_out, tmp_path, monkeypatch, after=2, **settings)
     assert untimed(again.rows) == untimed(whole.rows)
 
 
@@ -481,7 +481,11 @@ def test_nodes_take_turns(try_out):
 
 
 def test_one_more_phase(try_out):
-    done = try_out(changed_app("battery"), fraction_clients_train=1.0)
+    app = changed_app("battery")
+    grid = InProcessGrid(app.client_app.app, {}, 5)
+    full = ConfigRecord({"level": "full"})  # no number
+    grid.handlers = {1: lambda msg, context: Message(RecordDict({"config": full}), reply_to=msg)}
+    done = try_out(app, grid, fraction_clients_train=1.0)
     # Partition p has a level of 1 / (1 + p): only that of partition 0 is above one half.
     assert trained(done.grid) == {"1": [0], "2": [0]}
     assert [row["train_sampled"] for row in done.rows[1:]] == [1, 1]

@@ -82,7 +82,12 @@ def test_waits_as_long_as_it_takes_to_settle(monkeypatch):
 
 def test_the_number_of_the_last_round_needs_no_wait(monkeypatch):
     monkeypatch.setattr(server_app, "time", SimpleNamespace(monotonic=lambda: 0))  # has no sleep
-    assert wait(Registering(5), before=5) == 5
+    assert wait(Registering(5), before=5, resumed=False) == 5
+
+
+def test_a_resumed_run_waits_for_its_number_to_stand_still():
+    with pytest.raises(UserError, match=r"The run had 5 simulated nodes, and now there are 10\."):
+        wait(Registering(5, 10, 10), before=5)
 
 
 def test_too_few_nodes_are_one_clear_error(monkeypatch):
@@ -388,7 +393,7 @@ def test_an_accuracy_is_between_0_and_1(grid, caplog, accuracy, used):
 def test_a_central_loss_that_is_no_number_is_null(monkeypatch):
     net = torch.nn.Linear(2, 2)
     for loss, recorded in ((math.nan, None), (math.inf, None), (0.5, 0.5)):
-        monkeypatch.setattr(task, "test", lambda *args, loss=loss: task.Evaluation(loss, 0.25, [0.5, None]))
+        monkeypatch.setattr(task, "test", lambda *args, loss=loss: (loss, 0.25, [0.5, None]))
         row = evaluate_centrally(net, net.state_dict(), None, torch.device("cpu"))
         assert row == {
             "centralized_loss": recorded,
@@ -400,7 +405,7 @@ def test_a_central_loss_that_is_no_number_is_null(monkeypatch):
 def test_the_central_evaluation_is_of_the_model_it_is_given(monkeypatch):
     net, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
     seen = []
-    monkeypatch.setattr(task, "test", lambda net, *args: seen.append(net.state_dict()) or task.Evaluation(1, 1, []))
+    monkeypatch.setattr(task, "test", lambda net, *args: seen.append(net.state_dict()) or (1, 1, []))
     evaluate_centrally(net, other.state_dict(), None, torch.device("cpu"))
     assert same_bits(seen[0], other.state_dict())
 

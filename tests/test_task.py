@@ -2,7 +2,10 @@
 
 import hashlib
 import math
+import sys
 import time
+import types
+from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
@@ -133,8 +136,8 @@ def test_the_accuracy_of_each_class_worked_out_by_hand():
     data = task.Split(images, torch.tensor([0, 0, 1, 1, 1, 2]), ["a", "b", "c", "d"])
     for batch_size in (2, 500):
         result = task.test(Brightness(), data, CPU, batch_size)
-        assert result.per_class == [1 / 2, 2 / 3, 0.0, None]  # class d has no image
-        assert result.accuracy == 1 / 2
+        assert result[2] == [1 / 2, 2 / 3, 0.0, None]  # class d has no image
+        assert result[1] == 1 / 2
 
 
 def test_test_and_train_on_the_same_net_go_together():
@@ -150,7 +153,7 @@ def test_test_and_train_on_the_same_net_go_together():
     train(net, data)
     assert net.training
     assert not any(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
-    assert task.test(net, data, CPU).loss < first.loss
+    assert task.test(net, data, CPU)[0] < first[0]
 
 
 def test_train_reports_the_mean_loss_over_examples_and_epochs():
@@ -188,7 +191,7 @@ def test_logit_adjustment_worked_out_by_hand():
 def test_the_adjustment_is_not_part_of_the_evaluation():
     net = Constant()
     train(net, black([1, 1, 1]), lr=0.0, logit_adjustment=1.0)
-    assert task.test(net, black([1]), CPU).loss == pytest.approx(-math.log(3 / 4), rel=1e-6)
+    assert task.test(net, black([1]), CPU)[0] == pytest.approx(-math.log(3 / 4), rel=1e-6)
 
 
 def test_without_adjustment_it_is_plain_cross_entropy():
@@ -469,7 +472,9 @@ def test_a_missing_split_is_named_with_those_there_are(tmp_path, tiny_dataset):
     rows = datasets.load_dataset(tiny_dataset, split="test")
     datasets.DatasetDict({"train": rows}).save_to_disk(tmp_path / "a")
     datasets.DatasetDict({"test": rows}).save_to_disk(tmp_path / "b")
-    with pytest.raises(task.DataError, match=r"no split test or validation or valid; the splits are \['train'\]"):
+    with pytest.raises(
+        task.DataError, match=r"no split test or validation or valid with labels; the splits are \['train'\]"
+    ):
         task.load_test_split(str(tmp_path / "a"))
     with pytest.raises(task.DataError, match=r"no split train; the splits are \['test'\]"):
         load(str(tmp_path / "b"))
@@ -590,9 +595,57 @@ def test_grey_images_of_two_sizes_become_32x32(tmp_path):
 def test_an_image_keeps_its_rows_columns_and_channels(mode, channels, size):
     pixels = np.random.default_rng(0).integers(0, 256, (size, size, channels), dtype=np.uint8)
     image = Image.fromarray(pixels[:, :, 0] if channels == 1 else pixels)
-    assert np.array_equal(task.to_pixels(image, channels, size), pixels)
+    assert np.array_equal(task.pixel_converter(channels, size)(image), pixels)
     rows = table({"pixels": datasets.Value("binary"), "label": LABEL}, {"pixels": [pixels.tobytes()], "label": [1]})
     assert np.array_equal(task._to_split(rows).images[0].permute(1, 2, 0).numpy(), pixels)
+
+
+def test_a_changed_conversion_of_images_is_not_taken_from_the_cache(tmp_path):
+    folder = saved(tmp_path, table({"a": IMAGE, "b": LABEL}, {"a": grey(9, 7), "b": [0, 1]}))
+    assert task.load_test_split(folder).images.unique().tolist() == [7, 9]
+    source = Path(task.__file__).read_text()
+    inverted = source.replace("return np.asarray(image)", "return 255 - np.asarray(image)")
+    assert inverted != source
+    changed = types.ModuleType(task.__name__)
+    sys.modules["changed_task"] = changed  # for its dataclass
+    changed.__dict__["__name__"] = "changed_task"
+    exec(compile(inverted, task.__file__, "exec"), changed.__dict__)
+    assert changed.load_test_split(folder).images.unique().tolist() == [246, 248]
+    assert task.load_test_split(folder).images.unique().tolist() == [7, 9]
+
+
+def test_all_splits_have_the_same_format(tmp_path):
+    features = {"a": IMAGE, "b": LABEL}
+    train = table(features, {"a": [*grey(9), Image.new("RGB", (28, 28))], "b": [0, 1]})
+    test = table(features, {"a": grey(9, 7), "b": [0, 1]})
+    assert task.load_test_split(saved(tmp_path, train, test)).images.shape == (2, 3, 28, 28)
+
+
+def test_a_split_without_labels_is_not_used_for_the_central_evaluation(tmp_path):
+    features = {"a": IMAGE, "b": LABEL}
+    hidden = table(features, {"a": grey(9, 7), "b": [-1, -1]})
+    shown = table(features, {"a": grey(5), "b": [1]})
+    datasets.DatasetDict(train=shown, test=hidden, validation=shown).save_to_disk(tmp_path / "saved")
+    assert task.load_test_split(str(tmp_path / "saved")).images.unique().tolist() == [5]
+
+
+def test_a_folder_with_one_class_has_a_class(tmp_path):
+    (tmp_path / "cat").mkdir()
+    for number, image in enumerate(grey(*range(10))):
+        image.save(tmp_path / "cat" / f"{number}.png")
+    splits = task.load_folder(str(tmp_path), 0, 42)
+    assert {part: (len(split), split.class_names) for part, split in splits.items()} == {
+        "train": (8, ["cat"]),
+        "validation": (2, ["cat"]),
+    }
+
+
+def test_nothing_is_written_to_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    folder = Path(saved(tmp_path, table({"a": IMAGE, "b": LABEL}, {"a": grey(9, 7), "b": [0, 1]})))
+    before = set(folder.rglob("*"))
+    monkeypatch.setattr(task.os, "access", lambda path, mode: False)
+    assert len(task.load_test_split(str(folder))) == 2
+    assert set(folder.rglob("*")) == before
 
 
 def test_a_nodes_own_folder_is_split_like_a_partition(tmp_path, tiny_dataset):
