@@ -182,16 +182,21 @@ def cells(results: Sequence[Rows], server_round: int) -> str:
     return " | ".join(found)
 
 
+def header(first: str) -> list[str]:
+    """Return the first two lines of a table in Markdown."""
+    return [f"| {first} | {' | worst seed | '.join(COLUMNS)} | worst seed |", f"|{' --- |' * (2 * len(COLUMNS) + 1)}"]
+
+
 def table(results: Sequence[Rows]) -> str:
     """Return a line for each round in Markdown."""
-    lines = [f"| round | {' | worst seed | '.join(COLUMNS)} | worst seed |", f"|{' --- |' * (2 * len(COLUMNS) + 1)}"]
+    lines = header("round")
     lines += [f"| {server_round} | {cells(results, server_round)} |" for server_round in range(1, len(results[0]))]
     return "\n".join(lines)
 
 
 def final_table(runs: Mapping[str, Sequence[Rows]]) -> str:
     """Return the last round of each variant in Markdown."""
-    lines = [f"| settings | {' | worst seed | '.join(COLUMNS)} | worst seed |", f"|{' --- |' * (2 * len(COLUMNS) + 1)}"]
+    lines = header("settings")
     lines += [f"| {name or 'default'} | {cells(results, -1)} |" for name, results in runs.items()]
     return "\n".join(lines)
 

@@ -350,11 +350,8 @@ def interrupted_by_signals() -> Iterator[None]:
     A second Ctrl-C does not interrupt the cleanup. A signal that was ignored from the start, such
     as SIGHUP under `nohup`, stays ignored.
     """
-    interrupted = False
 
     def interrupt(number: int, frame: FrameType | None) -> NoReturn:
-        nonlocal interrupted
-        interrupted = True
         for each in STOP_SIGNALS:
             signal.signal(each, signal.SIG_IGN)
         with contextlib.suppress(OSError):  # the terminal may be closed
@@ -366,8 +363,8 @@ def interrupted_by_signals() -> Iterator[None]:
     try:
         yield
     finally:
-        if not interrupted:  # otherwise the program is about to end, and a second signal must not kill it
-            for each, handler in previous.items():
+        for each, handler in previous.items():
+            if signal.getsignal(each) is interrupt:  # signals that are ignored stay so until the program has ended
                 signal.signal(each, handler)
 
 

@@ -72,13 +72,13 @@ class RunConfig(BaseModel):
     opt_in_probability: Annotated[float, Field(ge=0, le=1)]
     query_max_delay: Annotated[float, Field(ge=0, le=86_400)]
 
-    dataset: Annotated[str, Field(min_length=1)]
+    dataset: Annotated[str, Field(min_length=1, pattern=r"\S")]
     partitioner: Literal["dirichlet", "iid"]
     dirichlet_alpha: Annotated[float, Field(ge=1e-3, le=1e6)]
 
     server_device: Annotated[str, Field(pattern=r"^[a-z]+(:\d{1,3})?$")]
     seed: Annotated[int, Field(ge=0, lt=2**63)]
-    output_dir: Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]
+    output_dir: Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*[^\x00\s][^\x00]*$")]
     resume_from: PathOrEmpty
     initial_model: PathOrEmpty
     use_wandb: bool

@@ -151,10 +151,10 @@ def load_test_split(dataset: str) -> Split:
     """Load the images for the central evaluation. Raises DataError."""
     with _explained(f"dataset {dataset!r}"):
         splits = _load(dataset)
-        present = [name for name in TEST_SPLITS if name in splits and set(splits[name].unique("label")) - {None, -1}]
-        if not present:
+        name = next((n for n in TEST_SPLITS if n in splits and set(splits[n].unique("label")) - {None, -1}), None)
+        if name is None:
             raise DataError(f"there is no split {' or '.join(TEST_SPLITS)} with labels; the splits are {list(splits)}")
-        return _to_split(_decode(splits, present[0]))
+        return _to_split(_decode(splits, name))
 
 
 @lru_cache(maxsize=1)  # one per process: loading and partitioning take seconds

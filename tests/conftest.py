@@ -1,11 +1,14 @@
 """What the tests share: a small data set of real images, and the app on an in-process Grid."""
 
 import functools
+import importlib.util
 import json
 import os
 import shutil
+import sys
 import tempfile
 import time
+import types
 from pathlib import Path
 
 # Before Hugging Face's libraries are imported: nothing of the user's, and no network.
@@ -118,3 +121,12 @@ def wait_for(condition, seconds: float = 90, pause: float = 0.2) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(pause)
+
+
+def load_module(path: Path, name: str, monkeypatch) -> types.ModuleType:
+    """Import a file as a module, for as long as the test runs."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
+    spec.loader.exec_module(module)
+    return module

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import importlib.util
 import io
 import json
 import logging
@@ -27,7 +26,7 @@ from benchmarks.network_round import look_figures
 from deploy import local_federation
 from deploy.cli import PROJECT, FinishedRun
 from pytorch_example_low_level import client_app
-from tests.conftest import App, results
+from tests.conftest import App, load_module, results
 from tests.grid import InProcessGrid, TimedGrid, make_context
 
 DOCS = "\n".join(p.read_text() for p in [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))])
@@ -248,14 +247,6 @@ def test_the_law_is_a_straight_line_over_the_nodes():
     )
 
 
-def load(path: Path, name: str, monkeypatch) -> types.ModuleType:
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, name, module)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_a_round_over_the_network_prints_the_documented_figures(superlink, monkeypatch, tmp_path, capsys):
     """Each node has sent its reply after 0.25 s, and the ServerApp can have it 0.15 s later."""
 
@@ -282,7 +273,7 @@ def test_a_round_over_the_network_prints_the_documented_figures(superlink, monke
         def __exit__(self, *args: object) -> None: ...
 
         def lines(self, app: Path, **run_config) -> list[str]:
-            server = load(app / "pytorch_example_low_level" / "timed.py", "timed_server_app", monkeypatch)
+            server = load_module(app / "pytorch_example_low_level" / "timed.py", "timed_server_app", monkeypatch)
             assert "pytorch_example_low_level.timed:app" in (app / "pyproject.toml").read_text()
             config = superlink.app.config(**run_config)
             log = logged(lambda: server.main(self.grid, make_context(config)))
@@ -304,7 +295,7 @@ def test_a_round_over_the_network_prints_the_documented_figures(superlink, monke
 
 def test_the_big_model_has_25_mb(monkeypatch, tmp_path):
     app = round_time.big_app(tmp_path / "app")
-    module = load(app / "pytorch_example_low_level" / "task.py", "big_task", monkeypatch)
+    module = load_module(app / "pytorch_example_low_level" / "task.py", "big_task", monkeypatch)
     assert 25e6 < sum(p.numel() * 4 for p in module.make_model(1, 10).parameters()) < 25.5e6
 
 

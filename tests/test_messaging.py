@@ -229,8 +229,9 @@ def test_late_replies_are_fetched_and_dropped_later():
     assert all(not first_ids & set(look) for look in grid.looks)  # and it is looked for no more
 
 
-def test_late_replies_are_looked_for_only_while_there_is_room(monkeypatch):
-    monkeypatch.setattr(messaging, "MAX_LATE", 10)
+@pytest.mark.parametrize(("room", "looked_for"), [(5, 5), (10, messaging.MAX_WAITING)])  # they may be models
+def test_late_replies_are_looked_for_only_while_there_is_room(monkeypatch, room, looked_for):
+    monkeypatch.setattr(messaging, "MAX_LATE", room)
     grid = TimedGrid([NEVER] * 30)
     mailbox = Mailbox(grid)
     first = send(mailbox, 0.05)
@@ -239,7 +240,7 @@ def test_late_replies_are_looked_for_only_while_there_is_room(monkeypatch):
     grid.delays = [0.0] * 30
     grid.looks.clear()
     assert len(collect(mailbox, send(mailbox, 5))) == 30
-    assert len(first_ids & set().union(*grid.looks)) == messaging.MAX_WAITING  # they may be models
+    assert len(first_ids & set().union(*grid.looks)) == looked_for
 
 
 def test_a_node_that_left_before_the_message_is_not_awaited(caplog):

@@ -2,9 +2,7 @@
 
 import hashlib
 import math
-import sys
 import time
-import types
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +16,7 @@ from torch import nn
 
 from pytorch_example_low_level import task
 from pytorch_example_low_level.config import RunConfig, UserError
+from tests.conftest import load_module
 from tests.grid import PROJECT, make_context, run_config
 
 CPU = torch.device("cpu")
@@ -600,16 +599,14 @@ def test_an_image_keeps_its_rows_columns_and_channels(mode, channels, size):
     assert np.array_equal(task._to_split(rows).images[0].permute(1, 2, 0).numpy(), pixels)
 
 
-def test_a_changed_conversion_of_images_is_not_taken_from_the_cache(tmp_path):
+def test_a_changed_conversion_of_images_is_not_taken_from_the_cache(tmp_path, monkeypatch):
     folder = saved(tmp_path, table({"a": IMAGE, "b": LABEL}, {"a": grey(9, 7), "b": [0, 1]}))
     assert task.load_test_split(folder).images.unique().tolist() == [7, 9]
     source = Path(task.__file__).read_text()
     inverted = source.replace("return np.asarray(image)", "return 255 - np.asarray(image)")
     assert inverted != source
-    changed = types.ModuleType(task.__name__)
-    sys.modules["changed_task"] = changed  # for its dataclass
-    changed.__dict__["__name__"] = "changed_task"
-    exec(compile(inverted, task.__file__, "exec"), changed.__dict__)
+    (tmp_path / "task.py").write_text(inverted)
+    changed = load_module(tmp_path / "task.py", "changed_task", monkeypatch)
     assert changed.load_test_split(folder).images.unique().tolist() == [246, 248]
     assert task.load_test_split(folder).images.unique().tolist() == [7, 9]
 
