@@ -209,7 +209,7 @@ class FlowerCli:
         log = re.sub(r"\x1b\[\d+m", "", log)
         started = re.search(r"Successfully started run (\d+)", log)
         run_id = started.group(1) if started else ""
-        directory = re.search(r"📂 (?:Run directory|Resuming after round -?\d+): (.+)", log)
+        directory = re.search(r"📂 Run directory: (.+)", log)
         return FinishedRun(run_id, log, self.status(run_id), Path(directory.group(1)) if directory else None)
 
     def status(self, run_id: str) -> str:

@@ -5,8 +5,6 @@ Records and keys are those of Flower's built-in strategies, so this ClientApp al
 does not matter which process does the work.
 """
 
-from __future__ import annotations
-
 import math
 import time
 import traceback
@@ -19,7 +17,7 @@ from flwr.clientapp import ClientApp
 from torch import nn
 
 from pytorch_example_low_level import task
-from pytorch_example_low_level.config import Purpose, RunConfig, random_stream
+from pytorch_example_low_level.config import Purpose, RunConfig, UserError, explained, one_line, random_stream
 from pytorch_example_low_level.messaging import to_array_record
 
 log = getLogger("flwr")
@@ -36,8 +34,8 @@ def report_errors(msg: Message, context: Context, call_next: Callable[[Message, 
         return call_next(msg, context)
     except Exception as error:
         log.debug("A handler failed", exc_info=True)
-        text = " ".join(str(error).split())
-        if not isinstance(error, task.DataError | TimeoutError):  # a bug: say where
+        text = one_line(error)
+        if not isinstance(error, UserError | TimeoutError):  # a bug: say where
             frame = traceback.extract_tb(error.__traceback__)[-1]
             text = f"{type(error).__name__}: {text} ({frame.name} in {frame.filename}, line {frame.lineno})"
         return Message(Error(code=0, reason=text), reply_to=msg)
@@ -49,7 +47,6 @@ app = ClientApp(mods=[report_errors])
 @app.train()
 def train(msg: Message, context: Context) -> Message:
     """Train the received model on this node's training split; return it with "num-examples", its weight in FedAvg."""
-    check_deadline(msg)
     config = RunConfig.from_context(context)
     data = local_split("train", msg, config, context)
     net = received_model(msg, data, config)
@@ -68,7 +65,6 @@ def train(msg: Message, context: Context) -> Message:
 @app.evaluate()
 def evaluate(msg: Message, context: Context) -> Message:
     """Evaluate the received model on this node's validation split."""
-    check_deadline(msg)
     config = RunConfig.from_context(context)
     data = local_split("validation", msg, config, context)
     net = received_model(msg, data, config)
@@ -111,28 +107,20 @@ def deadline(msg: Message) -> float:
     return number(msg, "deadline", math.inf)
 
 
-def check_deadline(msg: Message) -> None:
-    """Raise TimeoutError if the server no longer waits: useless work would delay other messages."""
-    if time.time() > deadline(msg):
-        raise TimeoutError("the deadline passed before the message was handled")
-
-
 def received_model(msg: Message, data: task.Split, config: RunConfig) -> nn.Module:
-    """Return the server's model. Raises DataError when it does not fit this node's images."""
+    """Return the server's model. Raises UserError when it does not fit this node's images."""
     # The seed, because a model may have random buffers that are not in its state_dict.
-    net = task.initial_model(data.images.shape[1], len(data.class_names), config.seed)
-    try:
+    in_channels, num_classes = data.images.shape[1], len(data.class_names)
+    net = task.initial_model(in_channels, num_classes, config.seed)
+    with explained(f"the server's model does not fit images of {in_channels} channels and {num_classes} classes"):
         net.load_state_dict(msg.content.array_records["arrays"].to_torch_state_dict())
-    except RuntimeError as error:
-        raise task.DataError(
-            f"the server's model does not fit this node's images, which have {data.images.shape[1]} channels and "
-            f"{len(data.class_names)} classes: {error}"
-        ) from error
     return net
 
 
 def local_split(part: str, msg: Message, config: RunConfig, context: Context) -> task.Split:
-    """Load this node's "train" or "validation" split, from its own folder if it has one."""
+    """Load this node's "train" or "validation" split, from its own folder if it has one, before the deadline."""
+    if time.time() > deadline(msg):  # useless work would delay other messages
+        raise TimeoutError("the deadline passed before the message was handled")
     node, partition = context.node_config, partition_of(context)
     if "data-path" in node:
         splits = task.load_folder(str(node["data-path"]), partition, config.seed)
@@ -140,7 +128,7 @@ def local_split(part: str, msg: Message, config: RunConfig, context: Context) ->
         how = (config.dataset, config.partitioner, config.dirichlet_alpha, config.seed)
         splits = task.load_partition(partition, int(node["num-partitions"]), *how)
     else:
-        raise task.DataError("a node needs --node-config 'data-path=\"…\"' or 'partition-id=… num-partitions=…'")
+        raise UserError("a node needs --node-config 'data-path=\"…\"' or 'partition-id=… num-partitions=…'")
     names = msg.content.config_records["config"].get("class-names")  # other ServerApps do not send them
     return splits[part].numbered_as([str(name) for name in names]) if isinstance(names, list) else splits[part]
 

@@ -4,22 +4,33 @@
 them. Every value is checked here before anything is sent or written.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import IntEnum
+from textwrap import shorten
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 from flwr.app import Context
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
-from pydantic_core import PydanticCustomError
 
 
 class UserError(ValueError):
     """An error that the user can fix; the message says what is wrong and what to do."""
 
 
-def first_line(error: BaseException | str) -> str:
-    """Return the first line of an error's text, or the name of its class if it has no text."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def one_line(error: BaseException) -> str:
+    """Return an error's text as one line of at most 1,000 characters, or the name of its class if it has no text."""
+    return shorten(str(error), 1000, placeholder=" ...") or type(error).__name__
+
+
+@contextmanager
+def explained(what: str, allowed: str = "") -> Iterator[None]:
+    """Convert any exception to a UserError of one line: what failed, why, and what is allowed."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"{what}: {one_line(error)}{allowed}") from error
 
 
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
@@ -90,7 +101,7 @@ class RunConfig(BaseModel):
         """Check that a round does not need more nodes than it waits for."""
         limit = info.data.get("min_available_nodes", value)
         if value > limit:
-            raise PydanticCustomError("limit", "Input should be at most min-available-nodes, {limit}", {"limit": limit})
+            raise ValueError(f"Input should be at most min-available-nodes, {limit}")
         return value
 
     @classmethod
@@ -115,15 +126,8 @@ class RunConfig(BaseModel):
         return self.model_dump(by_alias=True, exclude=set() if with_operational else OPERATIONAL)
 
 
-class Purpose(IntEnum):
-    """What random numbers are used for. Each purpose has its own streams."""
-
-    WEIGHTS = 0
-    COHORT = 1
-    TRAIN = 2
-    QUERY = 3
-    ASKED = 4
-    SPLIT = 5
+# What random numbers are used for. Each purpose has its own streams.
+Purpose = IntEnum("Purpose", ["WEIGHTS", "COHORT", "TRAIN", "QUERY", "ASKED", "SPLIT"], start=0)
 
 
 def random_stream(seed: int, purpose: Purpose, server_round: int = 0, partition: int = 0) -> np.random.Generator:

@@ -3,8 +3,6 @@
 They replace `Grid.send_and_receive`, which returns all models at once and asks only every 3 s over a network.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections import deque

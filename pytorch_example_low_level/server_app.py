@@ -4,11 +4,11 @@ Read `main` first: its loop body is one round, from top to bottom. The functions
 follow in the order of the round. `messaging.py` sends their messages and checks the replies.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from datetime import timedelta
+from itertools import count
 from logging import getLogger
 from typing import Any
 
@@ -53,7 +53,7 @@ def main(grid: Grid, context: Context) -> None:
         for server_round in range(state.server_round + 1, config.num_server_rounds + 1):
             log.info("")
             log.info("🔄 Starting round %s/%s", server_round, config.num_server_rounds)
-            stopwatch = utils.Stopwatch()
+            whole_round, stopwatch = utils.Stopwatch(), utils.Stopwatch()
             lr = utils.learning_rate(config, server_round)
             row = utils.new_row(server_round, lr)
             accuracies: list[float] = []
@@ -93,9 +93,9 @@ def main(grid: Grid, context: Context) -> None:
                 row |= outcome | {"seconds_evaluate": stopwatch.lap()}
 
             # --- 6. Record: from here on, the round survives a crash
-            row["seconds_total"] = stopwatch.total()
+            row["seconds_total"] = whole_round.lap()
             recorder.commit(row, accuracies)
-            log.info("⏱️ %s", utils.time_summary(state.results, rounds_left=config.num_server_rounds - server_round))
+            log.info("⏱️ %s", time_summary(state.results, rounds_left=config.num_server_rounds - server_round))
 
         recorder.finish()
 
@@ -106,39 +106,32 @@ def main(grid: Grid, context: Context) -> None:
 def wait_for_nodes(grid: Grid, config: RunConfig, before: int | None, *, resumed: bool) -> list[Node]:
     """Wait until at least `min-available-nodes` are connected and their number is stable; return all.
 
-    `before` is their number in the last round. Raises UserError when too few nodes connect within
-    `node-wait-timeout`, and when a resumed simulation has another number of nodes: it would
-    distribute the images anew, and nodes would train on what others had for validation.
+    `before` is their number in the last round. Raises UserError when too few nodes connect within `node-wait-timeout`,
+    and when a resumed simulation has another number of nodes: they would train on what others had for validation.
     """
-    started, last, log_at = time.monotonic(), None if resumed else before, 1.0
-    while True:
+    started, last = time.monotonic(), None if resumed else before
+    for look in count():
         nodes = messaging.connected_nodes(grid)
-        waited = time.monotonic() - started
-        enough = len(nodes) >= config.min_available_nodes
-        if enough and (len(nodes) == last or waited > config.node_wait_timeout):
+        left = config.node_wait_timeout - (time.monotonic() - started)
+        if len(nodes) >= config.min_available_nodes and (len(nodes) == last or left < 0):
             break
-        if waited > config.node_wait_timeout:
+        if left < 0:
             raise UserError(
                 f"Connected nodes after {config.node_wait_timeout:g} s: {len(nodes)}; min-available-nodes is "
                 f"{config.min_available_nodes}. Start more nodes, or change min-available-nodes or node-wait-timeout."
             )
-        if waited >= log_at:
-            left = config.node_wait_timeout - waited
+        if look % 10 == 2:
             log.info("Waiting for nodes: %s/%s, %.0f s left", len(nodes), config.min_available_nodes, left)
-            log_at += 5
         last = len(nodes)  # in a simulation, nodes still register while the ServerApp is running
         time.sleep(min(SETTLE, config.node_wait_timeout))
     simulated = all(node.simulated for node in nodes)
-    if before not in (None, len(nodes)) and simulated and resumed:
+    if resumed and simulated and before not in (None, len(nodes)):
         raise UserError(
             f"The run had {before} simulated nodes, and now there are {len(nodes)}. They would have other images. "
             f'Resume it with --federation-config "num-supernodes={before} client-resources-num-cpus=1".'
         )
-    if before not in (None, len(nodes)):
-        log.info("%s nodes are connected; there were %s in the last round.", len(nodes), before)
-    if before is None and simulated and len(nodes) == 2:
-        log.info("Two nodes are Flower's default. To simulate 50, add to `flwr run . --stream`:")
-        log.info('    --federation-config "num-supernodes=50 client-resources-num-cpus=1"')
+    if before is None and simulated and len(nodes) == 2:  # Flower's default
+        log.info('To simulate 50 nodes, add --federation-config "num-supernodes=50 client-resources-num-cpus=1"')
     return nodes
 
 
@@ -169,16 +162,9 @@ def draw(nodes: Sequence[Node], size: int, stream: np.random.Generator) -> list[
 
 
 def train(
-    mailbox: Mailbox,
-    cohort: Sequence[Node],
-    model: StateDict,
-    instructions: dict[str, Any],
-    config: RunConfig,
+    mailbox: Mailbox, cohort: Sequence[Node], model: StateDict, instructions: dict[str, Any], config: RunConfig
 ) -> tuple[Batch, StateDict, float | None]:
-    """Have the cohort train the model. Return the batch, the new model and the mean training loss.
-
-    Without a usable reply, the model is returned unchanged, and the loss is None.
-    """
+    """Have the cohort train the model. Return the batch, the new model (or the old one) and the mean training loss."""
     sent = messaging.to_array_record(model)
     content = RecordDict({"arrays": sent, "config": ConfigRecord(instructions)})
     batch = mailbox.send(cohort, MessageType.TRAIN, content, instructions["server-round"], config.train_timeout)
@@ -200,7 +186,7 @@ def train(
     if mean is None:
         log.warning("Round %s: no usable TRAIN reply; the global model stays as it is.", batch.server_round)
         return batch, model, None
-    return batch, mean, utils.weighted_mean_std(losses, weights)[0]
+    return batch, mean, weighted_mean_std(losses, weights)[0]
 
 
 def weighted_mean(updates: Iterable[tuple[StateDict, int]], like: StateDict) -> StateDict | None:
@@ -258,7 +244,7 @@ def collect_opt_ins(mailbox: Mailbox, queries: Batch) -> list[Node]:
     return opted_in
 
 
-# ---------------------------------------------------------------------------- 5. EVALUATE
+# -------------------------------------------------------------- 5. EVALUATE and 6. record
 
 
 def evaluate(
@@ -277,24 +263,38 @@ def evaluate(
     results = [result for _, result in mailbox.collect(batch, read)]
     log.info("📥 Received %s/%s results (EVALUATE)", batch.received, len(nodes))
     batch.log_faults()
-    weights = [num_examples for _, _, num_examples in results]
-    accuracies = [accuracy for _, accuracy, _ in results]
-    loss, loss_std = utils.weighted_mean_std([loss for loss, _, _ in results], weights)
-    accuracy, accuracy_std = utils.weighted_mean_std(accuracies, weights)
-    if results:
-        text = "📊 Federated evaluation -> loss: %.3f±%.3f / accuracy: %.3f±%.3f"
-        log.info(text, loss, loss_std, accuracy, accuracy_std)
-    else:
+    outcome = {"evaluate_received": batch.received, "evaluate_failed": len(nodes) - batch.received}
+    if not results:
         log.info("📊 Federated evaluation -> no node took part")
-    return accuracies, {
-        "evaluate_received": batch.received,
-        "evaluate_failed": len(nodes) - batch.received,
+        return [], outcome
+    losses, accuracies, weights = ([result[i] for result in results] for i in range(3))
+    loss, loss_std = weighted_mean_std(losses, weights)
+    accuracy, accuracy_std = weighted_mean_std(accuracies, weights)
+    text = "📊 Federated evaluation -> loss: %.3f±%.3f / accuracy: %.3f±%.3f"
+    log.info(text, loss, loss_std, accuracy, accuracy_std)
+    # A mean hides the nodes for which the model does not work, so the tail is also recorded.
+    worst, p10, median = np.percentile(accuracies, [0, 10, 50]).tolist()
+    return accuracies, outcome | {
         "federated_evaluate_loss": loss,
         "federated_evaluate_loss_std": loss_std,
         "federated_evaluate_accuracy": accuracy,
         "federated_evaluate_accuracy_std": accuracy_std,
-        # A mean hides the nodes for which the model does not work, so the tail is also recorded.
-        "federated_evaluate_accuracy_min": min(accuracies, default=None),
-        "federated_evaluate_accuracy_p10": float(np.percentile(accuracies, 10)) if accuracies else None,
-        "federated_evaluate_accuracy_median": float(np.median(accuracies)) if accuracies else None,
+        "federated_evaluate_accuracy_min": worst,
+        "federated_evaluate_accuracy_p10": p10,
+        "federated_evaluate_accuracy_median": median,
     }
+
+
+def weighted_mean_std(values: Sequence[float], weights: Sequence[float]) -> tuple[float, float]:
+    """Return the weighted mean and (population) standard deviation."""
+    mean = np.average(values, weights=weights)
+    return float(mean), float(np.average((np.array(values) - mean) ** 2, weights=weights) ** 0.5)
+
+
+def time_summary(results: Sequence[Row], rounds_left: int) -> str:
+    """Return how long the last round took, and how long the rest takes at the median pace after the first round."""
+    row, names = results[-1], ("nodes", "train", "central", "query", "evaluate")
+    phases = [f"{name} {row[f'seconds_{name}']:.1f}" for name in names if row[f"seconds_{name}"] is not None]
+    pace = np.median([each["seconds_total"] for each in results[2:] or results[1:]])  # round 0 has no time
+    left = timedelta(seconds=round(float(pace) * rounds_left))
+    return f"Round took {row['seconds_total']:.1f} s ({', '.join(phases)}); about {left} left"

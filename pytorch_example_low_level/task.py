@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pytorch_example_low_level.config import Purpose, RunConfig, UserError, first_line, random_stream
+from pytorch_example_low_level.config import Purpose, RunConfig, UserError, explained, random_stream
 
 if TYPE_CHECKING:
     import datasets
@@ -36,10 +36,6 @@ ON_THE_HUB = "zalando-datasets/fashion_mnist"  # used if the bundled images are 
 VALIDATION_SHARE = 0.2  # of a node's images; the rest is for training
 TEST_SPLITS = ("test", "validation", "valid")  # the first of these that has labels is used
 MIN_PARTITION = 5  # images: four to train on, one to validate on
-
-
-class DataError(UserError):
-    """A data set cannot be used; the message says why, and what is allowed."""
 
 
 # ---------------------------------------------------------------------------------- Model
@@ -88,11 +84,9 @@ def pick_device(name: str = "auto") -> torch.device:
     """Return the device `name`; "auto" prefers CUDA, then MPS, then the CPU. Raises UserError if it is not usable."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
+    allowed = "; allowed: 'auto', 'cpu', and any other device that PyTorch has here"
+    with explained(f"server-device: {name!r} is not usable here", allowed):
         torch.zeros(1, device=name).item()
-    except Exception as error:  # a different class for each missing backend
-        allowed = "allowed: 'auto', 'cpu', and any other device that PyTorch has here"
-        raise UserError(f"server-device: {name!r} is not usable here ({first_line(error)}); {allowed}") from error
     return torch.device(name)
 
 
@@ -112,14 +106,13 @@ class Split:
         return len(self.labels)
 
     def numbered_as(self, class_names: Sequence[str]) -> Split:
-        """Return the split with its labels numbered as in `class_names`. Raises DataError for a class not in there."""
+        """Return the split with its labels numbered as in `class_names`. Raises UserError for a class not in there."""
         numbers = {name: number for number, name in enumerate(class_names)}
         unknown = [name for name in self.class_names if name not in numbers]
         if unknown:
-            raise DataError(
+            raise UserError(
                 f"this node's classes are {list(self.class_names)}, and the server's are {list(class_names)}: "
-                f"{unknown} is not among them. Use its names: "
-                "rows.cast_column('label', datasets.ClassLabel(names=[...]))"
+                f"{unknown} is not among them. Rename: rows.cast_column('label', datasets.ClassLabel(names=[...]))"
             )
         labels = torch.tensor([numbers[name] for name in self.class_names])[self.labels]
         return Split(self.images, labels, class_names)
@@ -129,7 +122,7 @@ class Split:
 def load_partition(
     partition_id: int, num_partitions: int, dataset: str, partitioner: str, alpha: float, seed: int
 ) -> dict[str, Split]:
-    """Load the "train" (80 %) and the "validation" (20 %) part of one partition of a data set. Raises DataError.
+    """Load the "train" (80 %) and the "validation" (20 %) part of one partition of a data set. Raises UserError.
 
     A process caches the last 256 partitions it used, which take at most about one copy of the training images.
     """
@@ -140,7 +133,7 @@ def load_partition(
 
 @lru_cache(maxsize=4)
 def load_folder(path: str, partition_id: int, seed: int) -> dict[str, Split]:
-    """Load the "train" and the "validation" part of a node's own folder of images. Raises DataError."""
+    """Load the "train" and the "validation" part of a node's own folder of images. Raises UserError."""
     with _explained(f"data-path {path!r}"):
         splits = _load(path)
         rows = _decode(splits, "train" if "train" in splits else next(iter(splits)), in_memory=True)
@@ -148,12 +141,12 @@ def load_folder(path: str, partition_id: int, seed: int) -> dict[str, Split]:
 
 
 def load_test_split(dataset: str) -> Split:
-    """Load the images for the central evaluation. Raises DataError."""
+    """Load the images for the central evaluation. Raises UserError."""
     with _explained(f"dataset {dataset!r}"):
         splits = _load(dataset)
         name = next((n for n in TEST_SPLITS if n in splits and set(splits[n].unique("label")) - {None, -1}), None)
         if name is None:
-            raise DataError(f"there is no split {' or '.join(TEST_SPLITS)} with labels; the splits are {list(splits)}")
+            raise UserError(f"there is no split {' or '.join(TEST_SPLITS)} with labels; the splits are {list(splits)}")
         return _to_split(_decode(splits, name))
 
 
@@ -166,10 +159,10 @@ def partitions(
 
     splits = _load(dataset)
     if "train" not in splits:
-        raise DataError(f"there is no split train; the splits are {list(splits)}")
+        raise UserError(f"there is no split train; the splits are {list(splits)}")
     rows = _decode(splits, "train") if decoded else splits["train"].with_format("arrow")
     if len(rows) < MIN_PARTITION * num_partitions:
-        raise DataError(
+        raise UserError(
             f"{len(rows)} training images are too few for {num_partitions} nodes, each of which needs {MIN_PARTITION}"
         )
     if partitioner == "iid":
@@ -208,7 +201,7 @@ def _load(dataset: str) -> datasets.DatasetDict:
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         splits = datasets.load_from_disk(path)  # a folder of `save_to_disk`
     elif dataset.startswith(("/", ".", "~")) and not path.is_dir():
-        raise DataError(f"there is no folder {path.absolute()}")
+        raise UserError(f"there is no folder {path.absolute()}")
     else:
         splits = datasets.load_dataset(str(path.resolve()) if path.is_dir() else dataset)
         if path.is_dir() and next(iter(splits.values())).column_names == ["image"]:  # a folder with only one class
@@ -225,14 +218,14 @@ def _canonical(splits: datasets.DatasetDict) -> datasets.DatasetDict:
     labels = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
     others = [name for name in features if name not in images[:1]]
     if not images:
-        raise DataError(
+        raise UserError(
             f"no column of type Image; the columns are {dict(features)}. Where a column holds images as bytes or "
             "paths: rows.cast_column('that column', datasets.Image())"
         )
     if not labels:
         lone = len(others) == 1 and isinstance(features[others[0]], datasets.Value)
         if not lone or len({frozenset(rows.unique(others[0])) for rows in splits.values()}) > 1:
-            raise DataError(
+            raise UserError(
                 f"no column of type ClassLabel; the columns are {dict(features)}. Make one, in all splits alike: "
                 f"rows.class_encode_column({[*others, 'label'][0]!r}) or "
                 "rows.cast_column('label', datasets.ClassLabel(names=[...]))"
@@ -272,7 +265,7 @@ def pixel_converter(in_channels: int, size: int) -> Callable[[Image.Image], np.n
 
     def to_pixels(image: Image.Image) -> np.ndarray:
         if image.mode.startswith(("I", "F")):  # 16 bits or more: `convert` would clip at 255
-            raise DataError(f"an image has mode {image.mode}; convert the images to 8 bits a channel")
+            raise UserError(f"an image has mode {image.mode}; convert the images to 8 bits a channel")
         image = image.convert("L" if in_channels == 1 else "RGB").resize((size, size))
         return np.asarray(image).reshape(size, size, in_channels)
 
@@ -280,11 +273,11 @@ def pixel_converter(in_channels: int, size: int) -> Callable[[Image.Image], np.n
 
 
 def _to_split(rows: datasets.Dataset) -> Split:
-    """Convert decoded rows to tensors. Raises DataError for a missing label."""
+    """Convert decoded rows to tensors. Raises UserError for a missing label."""
     columns = rows.with_format("arrow")[:]
     pixels, labels = columns["pixels"].to_pylist(), columns["label"].to_pylist()
     if any(label is None or label < 0 for label in labels):
-        raise DataError("some images have no label")
+        raise UserError("some images have no label")
     size = 28 if not pixels or len(pixels[0]) % 28 == 0 else 32  # 32 * 32 * C is not a multiple of 28
     images = np.frombuffer(b"".join(pixels), np.uint8).reshape(len(labels), size, size, -1)
     return Split(
@@ -296,19 +289,16 @@ def _to_split(rows: datasets.Dataset) -> Split:
 
 @contextmanager
 def _explained(what: str) -> Iterator[None]:
-    """Convert any exception about `what` to a DataError that says what is allowed."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # retries of the partitioner, which raises if all fail
-            yield
-    except Exception as error:
-        reason = " ".join(str(error).split()) or first_line(error)
-        raise DataError(
-            f"Cannot use {what}: {reason} -- Allowed: dataset={BUNDLED!r} (its images come with `pip install .` in a "
-            f"clone of the app; without them it is {ON_THE_HUB} on the Hub), the absolute path of a folder that "
-            "datasets.load_dataset or datasets.load_from_disk can read, or the name of an image-classification data "
-            "set on the Hugging Face Hub (needs network; with HF_HUB_OFFLINE=1 what is in the cache is used at once)."
-        ) from error
+    """Convert any exception about `what` to a UserError that says what is allowed."""
+    allowed = (
+        f" -- Allowed: dataset={BUNDLED!r} (its images come with `pip install .` in a "
+        f"clone of the app; without them it is {ON_THE_HUB} on the Hub), the absolute path of a folder that "
+        "datasets.load_dataset or datasets.load_from_disk can read, or the name of an image-classification data "
+        "set on the Hugging Face Hub (needs network; with HF_HUB_OFFLINE=1 what is in the cache is used at once)."
+    )
+    # The partitioner warns of each retry, and raises if all fail.
+    with explained(f"Cannot use {what}", allowed), warnings.catch_warnings(action="ignore"):
+        yield
 
 
 # ------------------------------------------------------------------- Training and testing
@@ -320,10 +310,10 @@ def train(
     """Train `net` in place with SGD; return the mean training loss over all examples and epochs.
 
     Shuffling and augmentation derive from `seed`. `deadline` is in seconds since the epoch. Raises
-    DataError without images, and TimeoutError when the deadline passes.
+    UserError without images, and TimeoutError when the deadline passes.
     """
     if not len(data):
-        raise DataError("the training split is empty")
+        raise UserError("the training split is empty")
     generator = torch.Generator().manual_seed(seed)
     net.to(device).train()
     trainable = [parameter for parameter in net.parameters() if parameter.requires_grad]
@@ -359,9 +349,9 @@ def train(
 
 @torch.no_grad()
 def test(net: nn.Module, data: Split, device: torch.device, batch_size: int = 500) -> tuple[float, float, PerClass]:
-    """Return mean loss, accuracy and accuracy of each class, for any batch size. Raises DataError without images."""
+    """Return mean loss, accuracy and accuracy of each class, for any batch size. Raises UserError without images."""
     if not len(data):
-        raise DataError("the split to evaluate on is empty")
+        raise UserError("the split to evaluate on is empty")
     was_training = net.training
     net.to(device).eval()
     loss, hits = 0.0, []

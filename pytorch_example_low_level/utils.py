@@ -1,4 +1,4 @@
-"""The learning-rate schedule, the times of a round, and the run directory with its checkpoints and results.json.
+"""The learning-rate schedule, the times of a round, and the run directory: checkpoints, results.json, plot, W&B.
 
 Every file is replaced as a whole, so after a crash at any time it is complete, old or new.
 """
@@ -8,36 +8,33 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import datetime
+from functools import partial
 from importlib.metadata import version
-from itertools import count
 from logging import getLogger
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
-from pytorch_example_low_level import __version__, report
-from pytorch_example_low_level.config import RunConfig, UserError, first_line
+from pytorch_example_low_level import __version__
+from pytorch_example_low_level.config import RunConfig, UserError, explained, one_line
 
 if TYPE_CHECKING:
     import wandb
+    from matplotlib.figure import Figure
 
-T = TypeVar("T")
 Row = dict[str, Any]  # one round in results.json
 
 PLOT_EVERY = 30  # seconds between two drawings during a run
-PLOT_FAILED = "The plot cannot be drawn"
-WANDB_FAILED = "📈 W&B failed; the run continues without it"
 
 # The keys of a round in results.json, in this order. A value that a round does not have is None.
 RESULT_KEYS = (
@@ -60,43 +57,28 @@ def log_environment() -> None:
 
 
 def learning_rate(config: RunConfig, server_round: int) -> float:
-    """Return the learning rate of a round (from 1): a step decay.
-
-    It is a pure function of the round, so a resumed run needs no scheduler.
-    """
+    """Return the learning rate of a round (from 1): a step decay. It depends on no state, so nothing is resumed."""
     decays = (server_round - 1) // config.lr_decay_every if config.lr_decay_every else 0
     return config.learning_rate * config.lr_decay_factor**decays
 
 
 class Stopwatch:
-    """Measures a round and its phases, in seconds."""
+    """Measures the time between two calls of `lap`, in seconds."""
 
     def __init__(self) -> None:
-        self.started = self.last_lap = time.monotonic()
+        self.last_lap = time.monotonic()
 
     def lap(self) -> float:
-        """Return the seconds since the last lap."""
+        """Return the seconds since the last lap, or since the stopwatch was made."""
         before, self.last_lap = self.last_lap, time.monotonic()
         return round(self.last_lap - before, 3)
-
-    def total(self) -> float:
-        """Return the seconds since the beginning of the round."""
-        return round(time.monotonic() - self.started, 3)
-
-
-def time_summary(results: Sequence[Row], rounds_left: int) -> str:
-    """Return how long the last round took, and how long the rest takes at the median pace after the first round."""
-    row, names = results[-1], ("nodes", "train", "central", "query", "evaluate")
-    phases = [f"{name} {row[f'seconds_{name}']:.1f}" for name in names if row[f"seconds_{name}"] is not None]
-    seconds = [row["seconds_total"] for row in results if row["seconds_total"] is not None]
-    left = timedelta(seconds=round(float(np.median(seconds[1:] or seconds)) * rounds_left))
-    return f"Round took {row['seconds_total']:.1f} s ({', '.join(phases)}); about {left} left"
 
 
 @dataclass
 class ServerState:
     """Everything that is kept from round to round. A checkpoint contains these fields."""
 
+    identity: dict[str, Any]  # the settings on which the results depend
     model: dict[str, Tensor]  # the global model, on the CPU
     server_round: int = -1  # the last committed round; 0: the initial model is evaluated; -1: nothing is committed
     best_round: int | None = None
@@ -115,22 +97,11 @@ def new_row(server_round: int, lr: float | None = None) -> Row:
     return dict.fromkeys(RESULT_KEYS) | {"round": server_round, "lr": lr}
 
 
-def weighted_mean_std(values: Sequence[float], weights: Sequence[int]) -> tuple[float, float] | tuple[None, None]:
-    """Return the weighted mean and (population) standard deviation; None, None without values."""
-    if not values:
-        return None, None
-    mean = np.average(values, weights=weights)
-    return float(mean), float(np.average((np.array(values) - mean) ** 2, weights=weights) ** 0.5)
-
-
 # ---------------------------------------------------------------------------------- Files
 
 
 def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Replace `path` as a whole: write a temporary file beside it, fsync, rename.
-
-    Raises UserError when it cannot be written, such as on a full disk; the old file is kept.
-    """
+    """Replace `path` by a temporary file beside it. Raises UserError when that fails; the old file is kept."""
     beside = path.with_name(f".{path.name}.part")
     try:
         with beside.open("wb") as file:
@@ -142,7 +113,7 @@ def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
         with suppress(OSError):
             beside.unlink()
         cause = error if isinstance(error, OSError) else error.__context__ or error
-        raise UserError(f"Cannot write {path}: {first_line(cause)}. An earlier file is unchanged.") from error
+        raise UserError(f"Cannot write {path}: {one_line(cause)}. An earlier file is unchanged.") from error
     with suppress(OSError):  # so that the rename survives a power cut; not every system can sync a folder
         folder = os.open(path.parent, os.O_RDONLY)
         try:
@@ -157,24 +128,11 @@ def replace_json(path: Path, value: object) -> None:
     replace_file(path, lambda file: file.write(text.encode()))
 
 
-def load_checkpoint(path: Path) -> Any:  # noqa: ANN401
-    """Load a file that torch.save wrote, without executing code from it. Raises UserError when that fails."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises many classes
-        raise UserError(
-            f"Cannot load {path}, which must be a checkpoint with data only: {first_line(error)}"
-        ) from error
-
-
 def load_model(name: str, net: nn.Module) -> None:
-    """Load the state_dict in a file into `net`. Raises UserError when it does not fit the model."""
+    """Load the state_dict in a file into `net`. Raises UserError when it does not fit the model, or holds code."""
     path = Path(name).expanduser().absolute()
-    try:
-        net.load_state_dict(load_checkpoint(path))
-    except (RuntimeError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"initial-model: {path} is not a state_dict of this model: {reason}") from error
+    with explained(f"initial-model: {path} is not a state_dict of this model"):
+        net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     log.info("Starting from the model %s", path)
 
 
@@ -191,21 +149,22 @@ def open_run(
     be written, is in use by another run, or belongs to a run with other settings.
     """
     model = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    # What the result depends on: a run is resumed only with the same configuration, model and data.
+    # A run is resumed only with the same configuration, model and data.
     identity = config.to_dict(with_operational=False)
     identity |= {f"model: {name}": f"{tensor.dtype} {tuple(tensor.shape)}" for name, tensor in model.items()}
     identity["test data"] = hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()[:16]
 
     directory = Path(config.resume_from).expanduser().absolute() if config.resume_from else make_directory(config)
-    with locked(directory):
-        state = load_state(directory, identity) if config.resume_from else ServerState(model)
-        text = f"📂 Resuming after round {state.server_round}: %s" if config.resume_from else "📂 Run directory: %s"
-        log.info(text, directory)
+    if config.resume_from and not (directory / "checkpoints" / "last.pt").is_file():
+        raise UserError(f"resume-from: {directory} is not the directory of a run that has committed a round")
+    with lock(directory):
+        state = load_state(directory, identity) if config.resume_from else ServerState(identity, model)
+        log.info("📂 Run directory: %s", directory)
         versions = {name: version(name) for name in ("flwr", "flwr-datasets", "torch", "numpy")}
-        versions |= {"app": __version__, "python": platform.python_version()}
+        versions |= {"app": __version__, "python": sys.version.split()[0]}
         about = {"class-names": list(class_names), "image-shape": list(images.shape[1:]), "versions": versions}
         replace_json(directory / "run_config.json", config.to_dict() | about | {"run-id": str(run_id)})
-        recorder = Recorder(directory, config, state, identity, class_names)
+        recorder = Recorder(directory, config, state, class_names)
         try:
             recorder.start()
             yield recorder
@@ -216,63 +175,40 @@ def open_run(
 
 def make_directory(config: RunConfig) -> Path:
     """Create `<output-dir>/<date>/<time>`; never reuse a directory. Raises UserError."""
-    base = Path(config.output_dir).expanduser().absolute() / f"{datetime.now():%Y-%m-%d/%H-%M-%S}"
-    for attempt in count(1):  # another run may have begun in the same second
-        path = base if attempt == 1 else base.with_name(f"{base.name}-{attempt}")
-        try:
-            path.mkdir(parents=True)
-            (path / "checkpoints").mkdir()
-            break
-        except OSError as error:
-            if not isinstance(error, FileExistsError) or not path.is_dir():
-                reason = f"{error.strerror}; allowed: a folder that can be written to"
-                raise UserError(f"output-dir: cannot make {path}: {reason}") from error
+    with explained("output-dir", "; allowed: a folder that can be written to"):
+        base = Path(config.output_dir).expanduser().absolute()
+        while (path := base / f"{datetime.now():%Y-%m-%d/%H-%M-%S}").exists():
+            time.sleep(0.1)  # another run began in this second
+        (path / "checkpoints").mkdir(parents=True)
     return path
 
 
-@contextmanager
-def locked(directory: Path) -> Iterator[None]:
-    """Lock the directory for this run. Raises UserError when another run has the lock.
-
-    The operating system releases the lock when the process ends, however it ends.
-    """
-    if not (directory / "checkpoints").is_dir():
-        raise UserError(f"resume-from: {directory} is not the directory of a run")
-    lock = FileLock(directory / ".lock", fallback_to_soft=False)
+def lock(directory: Path) -> AbstractContextManager[object]:
+    """Lock the directory until the context ends, or the process. Raises UserError when another run has the lock."""
     try:
-        lock.acquire(timeout=0)
+        return FileLock(directory / ".lock", fallback_to_soft=False).acquire(timeout=0)
     except Timeout as error:
-        run_id = "RUN_ID"  # in its first moments, a run has no run_config.json
-        with suppress(OSError, ValueError, KeyError):
-            run_id = json.loads((directory / "run_config.json").read_text(encoding="utf-8"))["run-id"]
+        run_id = json.loads((directory / "run_config.json").read_text(encoding="utf-8"))["run-id"]
         text = f"resume-from: {directory} is in use by run {run_id}. To stop it: flwr stop {run_id}"
         raise UserError(text) from error
     except (NotImplementedError, OSError) as error:
         log.warning("This file system has no locks (%s): make sure that no other run uses %s.", error, directory)
-    try:
-        yield
-    finally:
-        lock.release()
+        return nullcontext()
 
 
-def load_state(directory: Path, identity: Mapping[str, Any]) -> ServerState:
+def load_state(directory: Path, identity: dict[str, Any]) -> ServerState:
     """Read the last checkpoint. Raises UserError when it belongs to a run with other settings."""
     path = directory / "checkpoints" / "last.pt"
-    if not path.exists():
-        raise UserError(f"resume-from: the run in {directory} has not committed a round; start a new run")
-    checkpoint = load_checkpoint(path)
-    try:
-        theirs, state = checkpoint["identity"], ServerState(**checkpoint["state"])
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a checkpoint of this app: {error!r}") from error
-    differences = [
-        f"\n  - {key}: {theirs.get(key, 'nothing')!r} then, {identity.get(key, 'nothing')!r} now"
-        for key in dict.fromkeys((*theirs, *identity))
-        if theirs.get(key) != identity.get(key)
-    ]
+    with explained(f"resume-from: {path} is not a checkpoint of this app"):
+        state = ServerState(**torch.load(path, map_location="cpu", weights_only=True))
+    differences = "".join(
+        f"\n  - {key}: {state.identity.get(key, 'nothing')!r} then, {identity.get(key, 'nothing')!r} now"
+        for key in state.identity | identity
+        if state.identity.get(key) != identity.get(key)
+    )
     if differences:
-        hint = f"the settings of the run in {directory} differ. Give it the same ones again:"
-        raise UserError(f"resume-from: {hint}{''.join(differences)}")
+        raise UserError(f"resume-from: the settings of {directory} differ. Give it the same ones again:{differences}")
+    log.info("📂 Resuming after round %s", state.server_round)
     return state
 
 
@@ -286,7 +222,6 @@ class Recorder:
     directory: Path
     config: RunConfig
     state: ServerState
-    identity: Mapping[str, Any]
     class_names: Sequence[str]
     wandb_run: wandb.Run | None = None
     finished: bool = False
@@ -297,11 +232,11 @@ class Recorder:
         if self.state.server_round >= 0:
             self.write_results()
         if self.config.use_wandb:
-            self.wandb_run = attempt(WANDB_FAILED, report.start_wandb, self.config, self.directory, self.state.wandb_id)
-            if self.wandb_run is not None:
+            with optional("📈 W&B"):
+                self.wandb_run = start_wandb(self.config, self.directory, self.state.wandb_id)
                 self.state.wandb_id = self.wandb_run.id
         for row in self.state.results:  # W&B may lack the last ones after a crash
-            self.log(row)
+            self.log_to_wandb(row)
 
     def commit(self, row: Row, accuracies: Sequence[float] = ()) -> None:
         """Commit a round: `row` is its object in results.json, `accuracies` are those of the nodes."""
@@ -310,12 +245,11 @@ class Recorder:
         self.state.server_round = row["round"]
         self.state.results.append(row)
         # Everything else can be restored from this file, so writing it commits the round.
-        checkpoint = {"identity": dict(self.identity), "state": vars(self.state)}
-        replace_file(self.directory / "checkpoints" / "last.pt", lambda file: torch.save(checkpoint, file))
+        replace_file(self.directory / "checkpoints" / "last.pt", lambda file: torch.save(vars(self.state), file))
         self.write_results()
-        self.log(row, accuracies)
-        if time.monotonic() - self.drawn_at > PLOT_EVERY:  # drawing takes 0.3 s
-            attempt(PLOT_FAILED, self.draw)
+        self.log_to_wandb(row, accuracies)
+        if time.monotonic() - self.drawn_at > PLOT_EVERY:
+            self.draw()
 
     def write_results(self) -> None:
         """Write results.json, and then the best model, so that its round is always in results.json."""
@@ -324,40 +258,123 @@ class Recorder:
             best = self.directory / "checkpoints" / "best.pt"
             replace_file(best, lambda file: torch.save(self.state.model, file))
 
-    def log(self, row: Row, accuracies: Sequence[float] = ()) -> None:
-        """Log a round to W&B."""
-        if self.wandb_run is not None:
-            self.wandb_run = attempt(
-                WANDB_FAILED, report.log_to_wandb, self.wandb_run, row, accuracies, self.class_names
-            )
+    def log_to_wandb(self, row: Row, accuracies: Sequence[float] = ()) -> None:
+        """Log one round as one step, unless W&B has it, with a histogram of the nodes' accuracies."""
+        run, self.wandb_run = self.wandb_run, None  # which it stays if W&B fails
+        if run is None:
+            return
+        with optional("📈 W&B"):
+            import wandb
+
+            values = {key: value for key, value in row.items() if value is not None}
+            per_class = zip(self.class_names, values.pop("centralized_accuracy_per_class", ()), strict=False)
+            values |= {f"accuracy/{name}": accuracy for name, accuracy in per_class if accuracy is not None}
+            if accuracies:
+                values["client_accuracies"] = wandb.Histogram(accuracies, num_bins=20)
+            if row["round"] >= run.step:
+                run.log(values, step=row["round"], commit=True)
+            self.wandb_run = run
 
     def draw(self) -> None:
-        """Draw the plot."""
+        """Draw the plot, which takes about 0.3 s."""
         self.drawn_at = time.monotonic()
-        figure = report.plot_results(self.state.results, self.class_names)
-        replace_file(self.directory / "metrics.png", lambda file: figure.savefig(file, format="png", dpi=120))
+        with optional("The plot"):
+            figure = plot_results(self.state.results, self.class_names)
+            replace_file(self.directory / "metrics.png", lambda file: figure.savefig(file, format="png", dpi=120))
 
     def finish(self) -> None:
         """Write the final model. Raises UserError when no round had a usable TRAIN reply."""
         if not any(row["train_received"] for row in self.state.results):
-            fault = f" The last fault: {self.state.last_fault}" if self.state.last_fault else ""
-            raise UserError(f"Nothing was learned: no round had a usable TRAIN reply.{fault}")
+            fault = self.state.last_fault or "none"
+            raise UserError(f"Nothing was learned: no round had a usable TRAIN reply. The last fault: {fault}")
         replace_file(self.directory / "final_model.pt", lambda file: torch.save(self.state.model, file))
         log.info("This run is finished: %s rounds. For more, raise num-server-rounds.", self.state.server_round)
         self.finished = True
 
     def close(self) -> None:
-        """Draw the plot and close W&B, however the run ended."""
-        attempt(PLOT_FAILED, self.draw)
-        if self.wandb_run is not None:
-            best, exit_code = (self.state.best_round, self.state.best_accuracy), int(not self.finished)
-            attempt(WANDB_FAILED, report.finish_wandb, self.wandb_run, self.directory, *best, exit_code)
+        """Draw the plot and close W&B with the plot and the best model, however the run ended."""
+        self.draw()
+        if self.wandb_run is None:
+            return
+        with optional("📈 W&B"):
+            import wandb
+
+            plot, best = self.directory / "metrics.png", self.directory / "checkpoints" / "best.pt"
+            if plot.exists():
+                self.wandb_run.summary["metrics"] = wandb.Image(str(plot))  # `log` would use up the next round's step
+            if best.exists():
+                metadata = {"best_round": self.state.best_round}
+                artifact = wandb.Artifact(f"best-model-{self.wandb_run.id}", type="model", metadata=metadata)
+                artifact.add_file(str(best))
+                self.wandb_run.log_artifact(artifact)
+            self.wandb_run.summary["best_centralized_accuracy"] = self.state.best_accuracy
+            self.wandb_run.finish(exit_code=int(not self.finished))
 
 
-def attempt(failed: str, function: Callable[..., T], *arguments: Any) -> T | None:  # noqa: ANN401
-    """Call a function whose failure must not end the run, such as one of W&B. Return None if it fails."""
+@contextmanager
+def optional(part: str) -> Iterator[None]:
+    """Convert any exception of a part that must not end the run to a warning."""
     try:
-        return function(*arguments)
+        yield
     except Exception as error:
-        log.warning("%s: %s", failed, first_line(error))
-        return None
+        log.warning("%s failed; the run continues without it: %s", part, one_line(error))
+
+
+def start_wandb(config: RunConfig, directory: Path, wandb_id: str) -> wandb.Run:
+    """Start a W&B run, offline without credentials or network. `wandb_id` is that of a resumed run, otherwise ""."""
+    import wandb
+
+    # Flower reads this process's output, so W&B must leave it alone. Without a timeout, `finish` may wait for ever.
+    settings = wandb.Settings(init_timeout=20, finish_timeout=60, console="off", silent=True)
+    tags = ["flower", "low-level-api", config.partitioner]
+    init = partial(wandb.init, project=config.wandb_project, dir=directory, config=config.to_dict(), tags=tags)
+    init = partial(init, id=wandb_id or None, resume="allow", settings=settings)
+    try:
+        run = init()
+    except Exception as error:  # W&B raises many classes, for a missing account, network or process
+        log.info("📈 W&B cannot go online: %s", one_line(error))
+        wandb.teardown()  # the failed attempt may still hold the id of a resumed run
+        run = init(mode="offline")
+    run.define_metric("*", step_metric="round")
+    sync = f"offline. To upload this run later: wandb sync {Path(run.dir).parent}"
+    log.info("📈 W&B is %s", sync if run.offline else f"online: {run.url}")
+    return run
+
+
+def plot_results(results: Sequence[Row], class_names: Sequence[str]) -> Figure:
+    """Draw accuracy and loss over the rounds, central and federated, and the accuracy of each class."""
+    from matplotlib.figure import Figure  # without pyplot, which has global state and may need a display
+
+    def curve(key: str) -> tuple[list[float], np.ndarray]:
+        """Return the rounds that have this value, and the values."""
+        rows = [row for row in results if row[key] is not None]
+        return [row["round"] for row in rows], np.array([row[key] for row in rows], dtype=float)
+
+    figure = Figure(figsize=(16, 4.5), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    for axes, name in ((left, "accuracy"), (middle, "loss")):
+        # Okabe and Ito's colours; lines and markers differ, too.
+        axes.plot(*curve(f"centralized_{name}"), color="#0072B2", marker="o", label="central (test split)")
+        rounds, mean = curve(f"federated_evaluate_{name}")
+        _, std = curve(f"federated_evaluate_{name}_std")
+        axes.plot(rounds, mean, color="#D55E00", linestyle="--", marker="s", label="federated mean (opted-in nodes)")
+        axes.fill_between(rounds, mean - std, mean + std, color="#D55E00", alpha=0.2, label="± 1 std over nodes")
+        axes.set(xlabel="round", ylabel=name if name == "accuracy" else "loss (cross-entropy)", title=name.capitalize())
+    tail = {"median": ("median node", "-."), "p10": ("10th percentile", ":"), "min": ("worst node", "x")}
+    for key, (text, style) in tail.items():
+        left.plot(*curve(f"federated_evaluate_accuracy_{key}"), style, color="black", label=text)
+    for axes in (left, middle):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+
+    rounds, table = curve("centralized_accuracy_per_class")
+    if rounds:
+        extent = (rounds[0] - 0.5, rounds[-1] + 0.5, len(class_names) - 0.5, -0.5)
+        image = right.imshow(table.T, extent=extent, aspect="auto", vmin=0, vmax=1, interpolation="nearest")
+        figure.colorbar(image, ax=right, label="accuracy")
+        if len(class_names) <= 30:
+            right.set_yticks(range(len(class_names)), class_names, parse_math=False)
+    right.set(xlabel="round", title="Central accuracy of each class")
+    for axes in (left, middle, right):
+        axes.locator_params(axis="x", integer=True)
+    return figure

@@ -20,7 +20,7 @@ os.environ["WANDB_MODE"] = "offline"
 import pytest
 import torch
 
-from pytorch_example_low_level import client_app, report, server_app, task
+from pytorch_example_low_level import client_app, server_app, task, utils
 from tests.grid import PROJECT, InProcessGrid, make_context, run_config
 
 torch.set_num_threads(1)
@@ -98,7 +98,7 @@ def quick_plot(monkeypatch) -> None:
     """An empty plot: for the many tests that run the loop for something else."""
     from matplotlib.figure import Figure
 
-    monkeypatch.setattr(report, "plot_results", lambda results, class_names: Figure(figsize=(1, 1)))
+    monkeypatch.setattr(utils, "plot_results", lambda results, class_names: Figure(figsize=(1, 1)))
 
 
 def results(directory: Path, *, times: bool = False) -> list[dict]:

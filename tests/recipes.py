@@ -64,9 +64,10 @@ def with_definitions(source: str, code: str) -> str:
             source = source.replace(segment(source, old), text)
         else:
             added.append(text)
-    source = source.replace(
-        "from __future__ import annotations\n", "\n".join(["from __future__ import annotations", *imports, ""])
-    )
+    first = next(n for n in ast.parse(source).body if isinstance(n, ast.Import) or getattr(n, "level", 1) == 0)
+    future = getattr(first, "module", None) == "__future__"  # must stay the first one
+    lines = [segment(source, first), *imports] if future else [*imports, segment(source, first)]
+    source = source.replace(segment(source, first), "\n".join(lines), 1)
     return "\n\n\n".join([source.rstrip("\n"), *added]) + "\n"
 
 
@@ -104,7 +105,7 @@ def _load(folder: Path) -> SimpleNamespace:
         path.write_text(path.read_text().replace(PACKAGE, name))
     sys.path.insert(0, str(folder))
     try:
-        modules = ("server_app", "client_app", "messaging", "task", "utils", "report", "config")
+        modules = ("server_app", "client_app", "messaging", "task", "utils", "config")
         loaded = {module: importlib.import_module(f"{name}.{module}") for module in modules}
     finally:
         sys.path.remove(str(folder))

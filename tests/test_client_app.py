@@ -126,8 +126,16 @@ def test_work_that_nobody_waits_for_is_not_begun(settings, message_type, monkeyp
 
 
 def test_training_ends_at_the_deadline(settings, monkeypatch):
-    monkeypatch.setattr(client_app, "check_deadline", lambda msg: None)
-    content = instructions(task.Net(1, 10), server_round=1, lr=0.1, deadline=time.time() - 0.01)
+    local_split = client_app.local_split
+
+    def load_until_late(*args):
+        data = local_split(*args)
+        time.sleep(max(0.0, deadline - time.time() + 0.01))
+        return data
+
+    monkeypatch.setattr(client_app, "local_split", load_until_late)
+    deadline = time.time() + 1
+    content = instructions(task.Net(1, 10), server_round=1, lr=0.1, deadline=deadline)
     assert ask(settings, MessageType.TRAIN, content).error.reason == "the deadline passed during training"
 
 
@@ -285,7 +293,7 @@ def test_a_node_with_other_channels_names_both(tmp_path, message_type):
     path = own_data(tmp_path, CLASSES, [0, 1] * 5, channels=3)
     content = instructions(task.Net(1, 3), server_round=1, lr=0.1, class_names=CLASSES)
     reason = ask(run_config(), message_type, content, data_path=path).error.reason
-    assert "does not fit this node's images, which have 3 channels and 3 classes: " in reason
+    assert "the server's model does not fit images of 3 channels and 3 classes: " in reason
     assert "[16, 1, 5, 5]" in reason  # the server's
 
 

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pytorch_example_low_level import server_app
-from pytorch_example_low_level.config import Purpose, RunConfig, UserError, first_line, random_stream
+from pytorch_example_low_level.config import Purpose, RunConfig, UserError, explained, one_line, random_stream
 from tests.grid import make_context, run_config
 
 DEFAULTS = run_config()
@@ -146,10 +146,23 @@ def test_any_values_give_a_configuration_or_one_error(overrides):
         assert config.to_dict() == DEFAULTS | overrides
 
 
-def test_the_first_line_of_an_error_or_its_name():
-    assert first_line(ValueError("\n one\ntwo")) == "one"
-    assert first_line(ValueError()) == "ValueError"
-    assert first_line(ValueError(" \n")) == "ValueError"
+def test_an_error_is_one_line_or_its_name():
+    assert one_line(ValueError("\n one\n  two")) == "one two"
+    assert one_line(ValueError()) == "ValueError"
+    assert one_line(ValueError(" \n")) == "ValueError"
+    long = one_line(ValueError("word " * 1000))
+    assert len(long) <= 1000
+    assert long.endswith("word ...")
+
+
+def test_any_exception_is_explained_with_its_cause():
+    cause = OSError(13, "Permission denied")
+    with pytest.raises(UserError) as error, explained("output-dir", "; allowed: a folder"):
+        raise cause
+    assert str(error.value) == "output-dir: [Errno 13] Permission denied; allowed: a folder"
+    assert error.value.__cause__ is cause
+    with explained("nothing"):
+        pass
 
 
 # -------------------------------------------------------------------------- Random streams

@@ -94,7 +94,7 @@ def start_run(superlink: LocalSuperLink, **settings) -> tuple[str, Path]:
     log, lines = "", superlink.lines(**settings)
     for line in lines:
         log += re.sub(r"\x1b\[\d+m", "", line)
-        if found := re.search(r"📂 (?:Run directory|Resuming after round \d+): (.+)", log):
+        if found := re.search(r"📂 Run directory: (.+)", log):
             lines.close()  # ends `flwr run --stream`, not the run
             return re.search(r"Successfully started run (\d+)", log).group(1), Path(found.group(1))
     raise AssertionError(f"the run ended by itself:\n{log}")

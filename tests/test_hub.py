@@ -99,7 +99,7 @@ def test_the_published_app_loads_up_to_its_images_which_it_takes_from_the_hub(fo
         "from pytorch_example_low_level import task\n"
         "try:\n"
         "    task.load_test_split('fashion-mnist-sample')\n"
-        "except task.DataError as error:\n"
+        "except ValueError as error:\n"
         "    print('error:', error)\n"
     )
     done = python(folder, code)

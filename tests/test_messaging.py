@@ -309,7 +309,6 @@ def test_a_query_sleeps_to_the_deadline_at_most(context):
 
 def test_a_message_without_a_deadline_has_none(context):
     assert client_app.deadline(message(MessageType.TRAIN)) == math.inf
-    client_app.check_deadline(message(MessageType.TRAIN))
     reply = client_app.app(message(MessageType.QUERY, **{"max-delay": 0.0}), context)
     assert reply.content["config"].keys() == {"opt-in"}
 

@@ -34,7 +34,7 @@ def try_out(tiny_dataset, tmp_path):
     """Run an app; return its grid, the rows of results.json, the final model and the run directory."""
 
     def try_out(app: SimpleNamespace, grid: InProcessGrid | None = None, **overrides) -> SimpleNamespace:
-        app.report.plot_results = lambda *args: Figure(figsize=(1, 1))  # no recipe changes the plot, which takes long
+        app.utils.plot_results = lambda *args: Figure(figsize=(1, 1))  # no recipe changes the plot, which takes long
         settings = {key.replace("_", "-"): value for key, value in overrides.items()}
         config = TINY | {"dataset": tiny_dataset, "output-dir": str(tmp_path / "outputs")} | settings
         grid = run(app, config, grid)
@@ -216,7 +216,7 @@ def test_a_new_last_layer_on_an_old_body(try_out, tmp_path, monkeypatch):
 def test_momentum_on_the_server_by_hand():
     app = changed_app("fedavgm")
     net = torch.nn.BatchNorm1d(1)  # weight and bias; running_mean, running_var and a counter
-    state = app.utils.ServerState({name: tensor.clone() for name, tensor in net.state_dict().items()})
+    state = app.utils.ServerState({}, {name: tensor.clone() for name, tensor in net.state_dict().items()})
     mean = {name: tensor + 1 for name, tensor in state.model.items()}
     state.model = app.server_app.server_step(net, state, mean)  # a step of 1
     assert (state.model["weight"].item(), state.model["running_mean"].item()) == (2.0, 1.0)
@@ -234,7 +234,7 @@ def test_the_server_optimizer_survives_a_resume(try_out, tmp_path, monkeypatch, 
     assert same_bits(again.model, whole.model)
     assert untimed(again.rows) == untimed(whole.rows)
     checkpoint = torch.load(again.directory / "checkpoints" / "last.pt", weights_only=True)
-    assert len(checkpoint["state"]["optimizer"]["state"]) == len(whole.model)
+    assert len(checkpoint["optimizer"]["state"]) == len(whole.model)
     assert not same_bits(whole.model, try_out(changed_app(), num_server_rounds=4).model)
 
 
@@ -442,8 +442,8 @@ def test_a_metric_of_ones_own_reaches_results_and_wandb(try_out, monkeypatch):
     app = changed_app("balanced")
     logged = []
     fake = SimpleNamespace(id="abc", step=0, log=lambda values, **_: logged.append(values))
-    monkeypatch.setattr(app.report, "start_wandb", lambda *args: fake)
-    monkeypatch.setattr(app.report, "finish_wandb", lambda *args, **kwargs: None)
+    monkeypatch.setattr(app.utils, "start_wandb", lambda *args: fake)
+    monkeypatch.setattr(app.utils.Recorder, "close", lambda recorder: None)
     done = try_out(app, opt_in_probability=1.0, use_wandb=True)
     values = [row["federated_evaluate_balanced_accuracy"] for row in done.rows]
     assert values[0] is None

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from pytorch_example_low_level import report, server_app, utils
+from pytorch_example_low_level import server_app, utils
 from tests.conftest import results
 from tests.test_utils import recorder
 from tests.wandb_files import expected_history, history_of, own, records_of, wandb_folder
@@ -31,7 +31,7 @@ def test_the_plot_shows_the_curves_and_leaves_out_what_is_null():
         federated_evaluate_loss=[n, n, 1.5, 1.25],
         federated_evaluate_loss_std=[n, n, 0.5, 0.25],
     )
-    left, middle, right = report.plot_results(rows, []).axes
+    left, middle, right = utils.plot_results(rows, []).axes
     assert [axes.get_xlabel() for axes in (left, middle, right)] == ["round"] * 3
     assert (left.get_ylabel(), middle.get_ylabel()) == ("accuracy", "loss (cross-entropy)")
     assert [axes.get_title() for axes in (left, middle, right)] == [
@@ -62,17 +62,17 @@ def test_the_plot_shows_the_curves_and_leaves_out_what_is_null():
 
 def test_the_plot_shows_the_accuracy_of_each_class():
     table = [None, [0.0, None, 0.5], [0.25, None, 1.0]]
-    _, _, right, bar = report.plot_results(rows_with(centralized_accuracy_per_class=table), ["a", "b", "c"]).axes
+    _, _, right, bar = utils.plot_results(rows_with(centralized_accuracy_per_class=table), ["a", "b", "c"]).axes
     (image,) = right.images
     assert image.get_array().filled(-1).tolist() == [[0.0, 0.25], [-1, -1], [0.5, 1.0]]  # classes over rounds
     assert tuple(image.get_extent()) == (0.5, 2.5, 2.5, -0.5)  # each class and each round has a field of size 1
     assert image.get_clim() == (0, 1)
     assert [text.get_text() for text in right.get_yticklabels()] == ["a", "b", "c"]
     assert bar.get_ylabel() == "accuracy"
-    money = report.plot_results(rows_with(centralized_accuracy_per_class=table), ["1 $", "2 $", "3"])
+    money = utils.plot_results(rows_with(centralized_accuracy_per_class=table), ["1 $", "2 $", "3"])
     money.savefig(io.BytesIO())  # a formula in Matplotlib's eyes
     many = [str(number) for number in range(31)]
-    figure = report.plot_results(rows_with(centralized_accuracy_per_class=[[0.5] * 31]), many)
+    figure = utils.plot_results(rows_with(centralized_accuracy_per_class=[[0.5] * 31]), many)
     assert len(figure.axes[2].get_yticks()) < 31
 
 
@@ -87,7 +87,7 @@ def test_the_plot_is_drawn_while_a_run_goes_on(tmp_path, monkeypatch):
         drawn.append((now - start, len(rows), class_names))
         return SimpleNamespace(savefig=lambda file, **options: file.write(b"picture"))
 
-    monkeypatch.setattr(report, "plot_results", plot)
+    monkeypatch.setattr(utils, "plot_results", plot)
     for server_round, now in enumerate([start + 10, start + 31, start + 40, start + 61.5]):  # noqa: B007
         one.commit(utils.new_row(server_round))
     assert drawn == [(pytest.approx(31), 2, ["a", "b"]), (pytest.approx(61.5), 4, ["a", "b"])]
@@ -108,9 +108,11 @@ def test_a_plot_that_fails_is_a_warning(tmp_path, monkeypatch, caplog):
     def fail(*args):
         raise MemoryError("no memory\nat all")
 
-    monkeypatch.setattr(report, "plot_results", fail)
+    monkeypatch.setattr(utils, "plot_results", fail)
     recorder(tmp_path, model={}).close()
-    assert [r.getMessage() for r in caplog.records] == ["The plot cannot be drawn: no memory"]
+    assert [r.getMessage() for r in caplog.records] == [
+        "The plot failed; the run continues without it: no memory at all"
+    ]
     assert not (tmp_path / "metrics.png").exists()
 
 
@@ -143,12 +145,13 @@ def test_an_offline_run_holds_all_that_results_json_has(app, quick_plot, caplog)
     assert exit_code == 0
 
 
-def test_wandb_gets_each_round_that_it_lacks_once():
+def test_wandb_gets_each_round_that_it_lacks_once(tmp_path):
     """A resumed run online: W&B says at which step to go on."""
     logged = []
     run = SimpleNamespace(step=2, log=lambda values, step, commit: logged.append((values["round"], step, commit)))
-    for row in rows_with(centralized_accuracy_per_class=[[0.5, None]] * 4):
-        report.log_to_wandb(run, row, (), ["a", "b"])
+    one = recorder(tmp_path, model={}, results=rows_with(centralized_accuracy_per_class=[[0.5, None]] * 4))
+    one.wandb_run = run
+    one.start()
     assert logged == [(2, 2, True), (3, 3, True)]
 
 
@@ -172,7 +175,7 @@ def test_no_credentials_or_network_means_offline(app, quick_plot, monkeypatch, c
     assert modes == [None, "teardown", "offline"]  # a failed attempt may still hold the id of a resumed run
     assert len(results(directory)) == 2
     said = [r.getMessage() for r in caplog.records if "W&B" in r.getMessage()]
-    assert said[0] == "📈 W&B cannot go online: no network"
+    assert said[0] == "📈 W&B cannot go online: no network at all"
     assert said[1].startswith("📈 W&B is offline.")
 
 
@@ -203,7 +206,7 @@ def test_a_failure_of_wandb_is_said_once_and_never_stops_a_run(app, quick_plot, 
 def test_a_failure_while_closing_does_not_hide_what_ended_the_run(app, monkeypatch, caplog, closing):
     exit_codes = []
 
-    def finish(run, directory, best_round, best_accuracy, exit_code):
+    def finish(exit_code):
         exit_codes.append(exit_code)
         if closing == "fails":
             raise BrokenPipeError("W&B is gone")
@@ -214,12 +217,11 @@ def test_a_failure_while_closing_does_not_hide_what_ended_the_run(app, monkeypat
     def fail_to_plot(*args):
         raise ValueError("no fonts")
 
-    monkeypatch.setattr(report, "start_wandb", lambda *args: SimpleNamespace(id="abc"))
-    monkeypatch.setattr(report, "log_to_wandb", lambda run, *args: run)
-    monkeypatch.setattr(report, "finish_wandb", finish)
+    run = SimpleNamespace(id="abc", step=1000, summary={}, log_artifact=lambda artifact: None, finish=finish)
+    monkeypatch.setattr(utils, "start_wandb", lambda *args: run)
     monkeypatch.setattr(server_app, "evaluate", crash)
     if closing == "fails":
-        monkeypatch.setattr(report, "plot_results", fail_to_plot)
+        monkeypatch.setattr(utils, "plot_results", fail_to_plot)
     with pytest.raises(RuntimeError, match="crash"):
         app.run(use_wandb=True)
     assert exit_codes == [1]

@@ -112,11 +112,11 @@ def test_a_crash_at_any_write_loses_only_the_round_in_flight(app, monkeypatch, w
         directory = app.latest() if write > 1 else None
         if write <= 2:  # the configuration, the first checkpoint: nothing to go on from
             if directory:
-                with pytest.raises(UserError, match=r"has not committed a round; start a new run"):
+                with pytest.raises(UserError, match=r"is not the directory of a run that has committed a round"):
                     app.run(**SETTINGS, resume_from=str(directory))
             continue
         before = check_whole_files(directory, whole)
-        done = torch.load(directory / "checkpoints" / "last.pt", weights_only=True)["state"]["server_round"]
+        done = torch.load(directory / "checkpoints" / "last.pt", weights_only=True)["server_round"]
         assert len(before) in (done, done + 1)
         lost.append(3 - done)
         assert app.run(**SETTINGS, resume_from=str(directory)) == directory
@@ -156,7 +156,7 @@ def test_a_finished_run_says_so_and_makes_up_for_what_is_missing(app, whole, cap
     app.run(grid, **SETTINGS, resume_from=str(directory))
     assert grid.sent == []
     said = [r.getMessage() for r in caplog.records]
-    assert f"📂 Resuming after round 3: {directory}" in said
+    assert "📂 Resuming after round 3" in said
     assert "This run is finished: 3 rounds. For more, raise num-server-rounds." in said
     check_finished(directory, whole)
 
@@ -201,7 +201,7 @@ def test_a_changed_setting_is_refused_with_what_it_was(app, key, value):
     with pytest.raises(UserError) as error:
         app.run(num_server_rounds=2, resume_from=str(directory), **{key: value})
     hint, difference = str(error.value).splitlines()
-    assert hint == f"resume-from: the settings of the run in {directory} differ. Give it the same ones again:"
+    assert hint == f"resume-from: the settings of {directory} differ. Give it the same ones again:"
     assert difference == f"  - {key.replace('_', '-')}: {then!r} then, {value!r} now"
     assert {p: p.read_bytes() for p in directory.rglob("*") if p.is_file()} == before
 
@@ -258,8 +258,8 @@ def test_what_cannot_be_resumed_is_one_clear_error(app, tmp_path):
         app.run(resume_from=str(tmp_path / "empty"))
     assert not list((tmp_path / "empty").iterdir())
     (tmp_path / "other" / "checkpoints").mkdir(parents=True)
-    state = {"model": {}, "colour": "blue"}
-    for content in ({"w": torch.ones(2)}, [1], 7, {"identity": {}, "state": state}):
+    state = {"identity": {}, "model": {}, "colour": "blue"}
+    for content in ({"w": torch.ones(2)}, [1], 7, state):
         torch.save(content, tmp_path / "other" / "checkpoints" / "last.pt")
         with pytest.raises(UserError, match="not a checkpoint of this app"):
             app.run(resume_from=str(tmp_path / "other"))
@@ -275,22 +275,19 @@ def test_another_number_of_simulated_nodes_is_refused(app):
     assert results(directory) == before
 
 
-def test_nodes_over_a_network_may_come_and_go(app, caplog):
-    caplog.set_level("INFO", logger="flwr")
+def test_nodes_over_a_network_may_come_and_go(app):
     directory = app.run(num_server_rounds=1)
     grid = app.grid()
     grid.simulated = False
     grid.connected.remove(next(iter(grid.contexts)))
     app.run(grid, num_server_rounds=2, resume_from=str(directory))
     assert [row["nodes_available"] for row in results(directory)] == [None, 5, 4]
-    assert "4 nodes are connected; there were 5 in the last round." in caplog.text
 
 
 def test_a_checkpoint_holds_the_state_and_nothing_else(app):
     directory = app.run(num_server_rounds=1)
     checkpoint = torch.load(directory / "checkpoints" / "last.pt", weights_only=True)
-    assert checkpoint.keys() == {"identity", "state"}
-    state = utils.ServerState(**checkpoint["state"])
+    state = utils.ServerState(**checkpoint)
     assert state.server_round == 1
     assert same_bits(state.model, model(directory))
     assert all(tensor.device.type == "cpu" for tensor in state.model.values())

@@ -281,7 +281,7 @@ def test_training_stops_when_nobody_waits_any_more(monkeypatch):
 
 @pytest.mark.parametrize("function", ["train", "test"])
 def test_nothing_to_train_or_test_on_is_an_error(function):
-    with pytest.raises(task.DataError, match="empty"):
+    with pytest.raises(UserError, match="empty"):
         train(Constant(), split(0)) if function == "train" else task.test(Constant(), split(0), CPU)
 
 
@@ -451,9 +451,7 @@ def test_without_the_bundled_images_those_on_the_hub_are_taken(monkeypatch, tmp_
     monkeypatch.setattr(datasets, "load_dataset", lambda name: asked.append(name) or real(name))
     spec = None if missing == "the package" else SimpleNamespace(origin=str(tmp_path / "__init__.py"))
     monkeypatch.setattr(task, "find_spec", lambda name: spec)
-    with pytest.raises(
-        task.DataError, match=r"`pip install \.` in a clone .*Hub.* \(needs network; with HF_HUB_OFFLINE"
-    ):
+    with pytest.raises(UserError, match=r"`pip install \.` in a clone .*Hub.* \(needs network; with HF_HUB_OFFLINE"):
         task.load_test_split(task.BUNDLED)
     assert asked == ["zalando-datasets/fashion_mnist"]
     (line,) = [r.getMessage() for r in caplog.records if r.name == "flwr"]
@@ -472,10 +470,10 @@ def test_a_missing_split_is_named_with_those_there_are(tmp_path, tiny_dataset):
     datasets.DatasetDict({"train": rows}).save_to_disk(tmp_path / "a")
     datasets.DatasetDict({"test": rows}).save_to_disk(tmp_path / "b")
     with pytest.raises(
-        task.DataError, match=r"no split test or validation or valid with labels; the splits are \['train'\]"
+        UserError, match=r"no split test or validation or valid with labels; the splits are \['train'\]"
     ):
         task.load_test_split(str(tmp_path / "a"))
-    with pytest.raises(task.DataError, match=r"no split train; the splits are \['test'\]"):
+    with pytest.raises(UserError, match=r"no split train; the splits are \['test'\]"):
         load(str(tmp_path / "b"))
 
 
@@ -534,7 +532,7 @@ def test_a_label_that_is_ambiguous_is_not_guessed(tmp_path, why):
         del features["kind"], columns["kind"]
     train = table(features, columns)
     test = train.select([0]) if why == "other values in the test split" else train
-    with pytest.raises(task.DataError) as error:
+    with pytest.raises(UserError) as error:
         task.load_test_split(saved(tmp_path, train, test))
     assert "no column of type ClassLabel; the columns are" in str(error.value)
     assert f"rows.class_encode_column('{'label' if why == 'none' else 'kind'}')" in str(error.value)
@@ -545,7 +543,7 @@ def test_the_cure_for_a_column_of_bytes_is_named_and_works(tmp_path):
     encoded = [IMAGE.encode_example(image)["bytes"] for image in grey(5, 6)]
     rows = table({"kind": LABEL, "photo": datasets.Value("binary")}, {"kind": [0, 1], "photo": encoded})
     cure = r"no column of type Image;.*photo.*rows\.cast_column\('that column', datasets\.Image\(\)\)"
-    with pytest.raises(task.DataError, match=cure):
+    with pytest.raises(UserError, match=cure):
         task.load_test_split(saved(tmp_path / "a", rows))
     data = task.load_test_split(saved(tmp_path / "b", rows.cast_column("photo", datasets.Image())))
     assert data.images[:, 0, 0, 0].tolist() == [5, 6]
@@ -555,7 +553,7 @@ def test_the_cure_for_a_column_of_bytes_is_named_and_works(tmp_path):
 def test_an_image_without_a_label_is_refused(tmp_path, label):
     """The Hub has data sets whose test split has the label -1 throughout."""
     rows = table({"kind": LABEL, "photo": IMAGE}, {"kind": [0, label], "photo": grey(1, 2)})
-    with pytest.raises(task.DataError, match="some images have no label"):
+    with pytest.raises(UserError, match="some images have no label"):
         task.load_test_split(saved(tmp_path, rows))
 
 
@@ -577,7 +575,7 @@ def test_one_image_of_colour_anywhere_makes_all_of_them_rgb(tmp_path):
 def test_images_of_16_bits_are_an_error_and_not_white(tmp_path):
     images = [Image.fromarray(np.full((28, 28), 4000, np.uint16))]
     rows = table({"a": IMAGE, "b": LABEL}, {"a": images, "b": [0]})
-    with pytest.raises(task.DataError, match="an image has mode I;16; convert the images to 8 bits a channel"):
+    with pytest.raises(UserError, match="an image has mode I;16; convert the images to 8 bits a channel"):
         task.load_test_split(saved(tmp_path, rows))
 
 
@@ -655,13 +653,13 @@ def test_a_nodes_own_folder_is_split_like_a_partition(tmp_path, tiny_dataset):
     for name in ("files", "both"):
         other = task.load_folder(str(tmp_path / name), 3, 42)
         assert all(torch.equal(first[part].images, other[part].images) for part in first)
-    with pytest.raises(task.DataError, match=r"Cannot use data-path '.*nothing': there is no folder .*nothing"):
+    with pytest.raises(UserError, match=r"Cannot use data-path '.*nothing': there is no folder .*nothing"):
         task.load_folder(str(tmp_path / "nothing"), 3, 42)
 
 
 @pytest.mark.parametrize("dataset", ["/no/such/folder", "./none", "nobody/no-such-data-set"])
 def test_a_data_set_that_is_not_there_is_one_clear_error(dataset):
-    with pytest.raises(task.DataError, match=r"Cannot use dataset.*Allowed.*fashion-mnist-sample.*Hub") as error:
+    with pytest.raises(UserError, match=r"Cannot use dataset.*Allowed.*fashion-mnist-sample.*Hub") as error:
         task.load_test_split(dataset)
     assert len(str(error.value).splitlines()) == 1
     assert "HF_HUB_OFFLINE=1" in str(error.value)
@@ -669,7 +667,7 @@ def test_a_data_set_that_is_not_there_is_one_clear_error(dataset):
 
 def test_more_nodes_than_images_is_an_error_with_both_numbers(tiny_dataset):
     for how in ("iid", "dirichlet"):
-        with pytest.raises(task.DataError, match=r"120 training images are too few for 25 nodes, each .* needs 5"):
+        with pytest.raises(UserError, match=r"120 training images are too few for 25 nodes, each .* needs 5"):
             load(tiny_dataset, 3, 25, how)
     assert len(load(tiny_dataset, 3, 24, "iid")["train"]) == 4
 
@@ -686,7 +684,7 @@ def test_labels_are_renumbered_by_the_names_of_the_classes():
 
 
 def test_a_class_that_the_server_does_not_know_names_both():
-    with pytest.raises(task.DataError) as error:
+    with pytest.raises(UserError) as error:
         black([0, 1]).numbered_as(["dog", "cow"])
     assert "['cat', 'dog']" in str(error.value)
     assert "['dog', 'cow']" in str(error.value)
