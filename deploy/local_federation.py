@@ -163,12 +163,14 @@ class Federation:
                 for index in range(self.num_nodes):
                     make_node_key(self.key(index))
             self._write_flower_configuration()
-            if not self.database.exists():  # a new database knows no keys
+            is_new = not self.database.exists()
+            if is_new:  # a new database knows no keys
                 for marker in self.key(0).parent.glob("*.registered"):
                     marker.unlink()
             self.start_superlink()
             self._register_keys()
-            self._wait_for_earlier_nodes()
+            if not is_new:
+                self._wait_for_earlier_nodes()
             for index in range(self.num_nodes):
                 self.start_supernode(index)
             self.wait_until_online(self.num_nodes, timeout=120 + 10 * self.num_nodes)
@@ -324,7 +326,7 @@ class Federation:
             if not told:
                 print("Waiting until the SuperNodes of an earlier start are offline (about a minute) ...", flush=True)
                 told = True
-            time.sleep(3)  # asking takes a second of CPU time
+            time.sleep(8)  # asking takes a second of CPU time
 
     def _write_flower_configuration(self) -> None:
         """Write the address of this SuperLink, whose port differs at each start, for the `flwr` command."""

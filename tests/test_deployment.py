@@ -168,6 +168,7 @@ def start_intruders(federation: Federation, folder: Path) -> dict[str, subproces
     started = {}
     for name in INTRUDERS:
         command = ["flower-supernode", "--superlink", f"{HOST}:{federation.port}", "--port", str(free_port())]
+        command += ["--isolation", "process"]  # without a process that would start ClientApps
         command += ["--max-retries", "2", "--node-config", "partition-id=0 num-partitions=3", *options[name]]
         started[name] = start(command, folder, federation.flwr.env, folder / f"{name}.log")
     return started
