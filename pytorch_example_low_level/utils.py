@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Row = dict[str, Any]  # one round in results.json
-
 PLOT_EVERY = 30  # seconds between two drawings during a run
 
 # The keys of a round in results.json, in this order. A value that a round does not have is None.
@@ -153,7 +152,6 @@ def open_run(
     identity = config.to_dict(with_operational=False)
     identity |= {f"model: {name}": f"{tensor.dtype} {tuple(tensor.shape)}" for name, tensor in model.items()}
     identity["test data"] = hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()[:16]
-
     directory = Path(config.resume_from).expanduser().absolute() if config.resume_from else make_directory(config)
     if config.resume_from and not (directory / "checkpoints" / "last.pt").is_file():
         raise UserError(f"resume-from: {directory} is not the directory of a run that has committed a round")
@@ -177,10 +175,13 @@ def make_directory(config: RunConfig) -> Path:
     """Create `<output-dir>/<date>/<time>`; never reuse a directory. Raises UserError."""
     with explained("output-dir", "; allowed: a folder that can be written to"):
         base = Path(config.output_dir).expanduser().absolute()
-        while (path := base / f"{datetime.now():%Y-%m-%d/%H-%M-%S}").exists():
+        base.mkdir(parents=True, exist_ok=True)
+        while True:
+            path = base / f"{datetime.now():%Y-%m-%d/%H-%M-%S}"
+            with suppress(FileExistsError):
+                (path / "checkpoints").mkdir(parents=True)
+                return path
             time.sleep(0.1)  # another run began in this second
-        (path / "checkpoints").mkdir(parents=True)
-    return path
 
 
 def lock(directory: Path) -> AbstractContextManager[object]:
@@ -188,9 +189,8 @@ def lock(directory: Path) -> AbstractContextManager[object]:
     try:
         return FileLock(directory / ".lock", fallback_to_soft=False).acquire(timeout=0)
     except Timeout as error:
-        run_id = json.loads((directory / "run_config.json").read_text(encoding="utf-8"))["run-id"]
-        text = f"resume-from: {directory} is in use by run {run_id}. To stop it: flwr stop {run_id}"
-        raise UserError(text) from error
+        run = json.loads((directory / "run_config.json").read_text(encoding="utf-8"))["run-id"]
+        raise UserError(f"resume-from: {directory} is in use by run {run}. To stop it: flwr stop {run}") from error
     except (NotImplementedError, OSError) as error:
         log.warning("This file system has no locks (%s): make sure that no other run uses %s.", error, directory)
         return nullcontext()

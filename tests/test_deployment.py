@@ -188,7 +188,10 @@ def test_an_interruption_loses_no_committed_round(resumed, how):
     run, committed, statuses, _, _ = resumed
     assert len(committed[how]) == INTERRUPTIONS[how]  # round 0 has a row, too
     assert committed[how] == run.results[: INTERRUPTIONS[how]]
-    assert statuses[how] == STATUS.get(how, statuses[how])
+    if how in STATUS:
+        assert statuses[how] == STATUS[how]
+    else:  # a SuperLink that was killed may not know
+        assert statuses[how] != "finished:completed"
 
 
 def test_a_run_over_tls_that_was_interrupted_is_bit_identical_to_one_in_process(resumed, app, settings):

@@ -6,6 +6,7 @@ import os
 import resource
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -216,7 +217,13 @@ def test_runs_that_begin_in_the_same_second_have_a_directory_each(tmp_path, monk
     monkeypatch.chdir(tmp_path)
     paths = [utils.make_directory(config()) for _ in range(2)]
     assert paths == [tmp_path / "outputs" / "2026-01-02" / f"03-04-0{second}" for second in (5, 6)]
-    assert pauses == [0.1, 0.1]
+    assert pauses == [0.1, 0.1]  # two other looks at the clock
+
+
+def test_runs_that_begin_at_the_same_time_have_a_directory_each(tmp_path):
+    with ThreadPoolExecutor(max_workers=3) as pool:
+        paths = list(pool.map(lambda _: utils.make_directory(config(output_dir=str(tmp_path))), range(3)))
+    assert len(set(paths)) == 3
     assert all((p / "checkpoints").is_dir() for p in paths)
 
 
