@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
 from importlib.metadata import version
+from itertools import count
 from logging import getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]  # one round in results.json
 PLOT_EVERY = 30  # seconds between two drawings during a run
+log = getLogger("flwr")
 
 # The keys of a round in results.json, in this order. A value that a round does not have is None.
 RESULT_KEYS = (
@@ -46,8 +48,6 @@ RESULT_KEYS = (
     "federated_evaluate_accuracy_p10", "federated_evaluate_accuracy_median",
     "seconds_nodes", "seconds_train", "seconds_central", "seconds_query", "seconds_evaluate", "seconds_total",
 )  # fmt: skip
-
-log = getLogger("flwr")
 
 
 def log_environment() -> None:
@@ -174,14 +174,14 @@ def open_run(
 def make_directory(config: RunConfig) -> Path:
     """Create `<output-dir>/<date>/<time>`; never reuse a directory. Raises UserError."""
     with explained("output-dir", "; allowed: a folder that can be written to"):
-        base = Path(config.output_dir).expanduser().absolute()
-        base.mkdir(parents=True, exist_ok=True)
-        while True:
-            path = base / f"{datetime.now():%Y-%m-%d/%H-%M-%S}"
+        base = Path(config.output_dir).expanduser().absolute() / f"{datetime.now():%Y-%m-%d/%H-%M-%S}"
+        base.parent.mkdir(parents=True, exist_ok=True)
+        for attempt in count(1):  # another run may have begun in the same second
+            path = base if attempt == 1 else base.with_name(f"{base.name}-{attempt}")
             with suppress(FileExistsError):
                 (path / "checkpoints").mkdir(parents=True)
-                return path
-            time.sleep(0.1)  # another run began in this second
+                break
+    return path
 
 
 def lock(directory: Path) -> AbstractContextManager[object]:

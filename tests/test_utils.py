@@ -204,20 +204,16 @@ def test_writing_a_checkpoint_does_not_copy_the_model(tmp_path):
 
 
 def test_runs_that_begin_in_the_same_second_have_a_directory_each(tmp_path, monkeypatch):
-    seconds = iter([5, 5, 5, 6])
-    pauses = []
-
     class Clock(utils.datetime):
         @classmethod
         def now(cls):
-            return cls(2026, 1, 2, 3, 4, next(seconds))
+            return cls(2026, 1, 2, 3, 4, 5)
 
     monkeypatch.setattr(utils, "datetime", Clock)
-    monkeypatch.setattr(utils.time, "sleep", pauses.append)
     monkeypatch.chdir(tmp_path)
-    paths = [utils.make_directory(config()) for _ in range(2)]
-    assert paths == [tmp_path / "outputs" / "2026-01-02" / f"03-04-0{second}" for second in (5, 6)]
-    assert pauses == [0.1, 0.1]  # two other looks at the clock
+    paths = [utils.make_directory(config()) for _ in range(3)]
+    assert paths == [tmp_path / "outputs" / "2026-01-02" / f"03-04-05{suffix}" for suffix in ("", "-2", "-3")]
+    assert all((p / "checkpoints").is_dir() for p in paths)
 
 
 def test_runs_that_begin_at_the_same_time_have_a_directory_each(tmp_path):
