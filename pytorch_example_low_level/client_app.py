@@ -118,7 +118,7 @@ def received_model(msg: Message, data: task.Split, config: RunConfig) -> nn.Modu
 
 
 def local_split(part: str, msg: Message, config: RunConfig, context: Context) -> task.Split:
-    """Load this node's "train" or "validation" split, from its own folder if it has one, before the deadline."""
+    """Load this node's "train" or "validation" split, from its own folder if it has one; not after the deadline."""
     if time.time() > deadline(msg):  # useless work would delay other messages
         raise TimeoutError("the deadline passed before the message was handled")
     node, partition = context.node_config, partition_of(context)

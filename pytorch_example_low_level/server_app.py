@@ -120,7 +120,7 @@ def wait_for_nodes(grid: Grid, config: RunConfig, before: int | None, *, resumed
                 f"Connected nodes after {config.node_wait_timeout:g} s: {len(nodes)}; min-available-nodes is "
                 f"{config.min_available_nodes}. Start more nodes, or change min-available-nodes or node-wait-timeout."
             )
-        if look % 10 == 2:
+        if look % 10 == 2:  # after a second, and then every five seconds
             log.info("Waiting for nodes: %s/%s, %.0f s left", len(nodes), config.min_available_nodes, left)
         last = len(nodes)  # in a simulation, nodes still register while the ServerApp is running
         time.sleep(min(SETTLE, config.node_wait_timeout))

@@ -130,7 +130,7 @@ def replace_json(path: Path, value: object) -> None:
 def load_model(name: str, net: nn.Module) -> None:
     """Load the state_dict in a file into `net`. Raises UserError when it does not fit the model, or holds code."""
     path = Path(name).expanduser().absolute()
-    with explained(f"initial-model: {path} is not a state_dict of this model"):
+    with explained(f"initial-model: {path} is not a state_dict of this model with data only"):
         net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     log.info("Starting from the model %s", path)
 
@@ -189,7 +189,9 @@ def lock(directory: Path) -> AbstractContextManager[object]:
     try:
         return FileLock(directory / ".lock", fallback_to_soft=False).acquire(timeout=0)
     except Timeout as error:
-        run = json.loads((directory / "run_config.json").read_text(encoding="utf-8"))["run-id"]
+        run = "RUN_ID"  # in its first moments, a run has no run_config.json
+        with suppress(OSError):
+            run = json.loads((directory / "run_config.json").read_text(encoding="utf-8"))["run-id"]
         raise UserError(f"resume-from: {directory} is in use by run {run}. To stop it: flwr stop {run}") from error
     except (NotImplementedError, OSError) as error:
         log.warning("This file system has no locks (%s): make sure that no other run uses %s.", error, directory)
@@ -199,7 +201,7 @@ def lock(directory: Path) -> AbstractContextManager[object]:
 def load_state(directory: Path, identity: dict[str, Any]) -> ServerState:
     """Read the last checkpoint. Raises UserError when it belongs to a run with other settings."""
     path = directory / "checkpoints" / "last.pt"
-    with explained(f"resume-from: {path} is not a checkpoint of this app"):
+    with explained(f"resume-from: {path} is not a checkpoint of this app with data only"):
         state = ServerState(**torch.load(path, map_location="cpu", weights_only=True))
     differences = "".join(
         f"\n  - {key}: {state.identity.get(key, 'nothing')!r} then, {identity.get(key, 'nothing')!r} now"
@@ -255,13 +257,11 @@ class Recorder:
         """Write results.json, and then the best model, so that its round is always in results.json."""
         replace_json(self.directory / "results.json", self.state.results)
         if self.state.best_round == self.state.server_round:
-            best = self.directory / "checkpoints" / "best.pt"
-            replace_file(best, lambda file: torch.save(self.state.model, file))
+            replace_file(self.directory / "checkpoints" / "best.pt", lambda file: torch.save(self.state.model, file))
 
     def log_to_wandb(self, row: Row, accuracies: Sequence[float] = ()) -> None:
         """Log one round as one step, unless W&B has it, with a histogram of the nodes' accuracies."""
-        run, self.wandb_run = self.wandb_run, None  # which it stays if W&B fails
-        if run is None:
+        if self.wandb_run is None:
             return
         with optional("📈 W&B"):
             import wandb
@@ -271,9 +271,10 @@ class Recorder:
             values |= {f"accuracy/{name}": accuracy for name, accuracy in per_class if accuracy is not None}
             if accuracies:
                 values["client_accuracies"] = wandb.Histogram(accuracies, num_bins=20)
-            if row["round"] >= run.step:
-                run.log(values, step=row["round"], commit=True)
-            self.wandb_run = run
+            if row["round"] >= self.wandb_run.step:
+                self.wandb_run.log(values, step=row["round"], commit=True)
+            return
+        self.wandb_run = None  # it failed
 
     def draw(self) -> None:
         """Draw the plot, which takes about 0.3 s."""
@@ -366,7 +367,6 @@ def plot_results(results: Sequence[Row], class_names: Sequence[str]) -> Figure:
     for axes in (left, middle):
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
-
     rounds, table = curve("centralized_accuracy_per_class")
     if rounds:
         extent = (rounds[0] - 0.5, rounds[-1] + 0.5, len(class_names) - 0.5, -0.5)

@@ -64,10 +64,10 @@ def with_definitions(source: str, code: str) -> str:
             source = source.replace(segment(source, old), text)
         else:
             added.append(text)
-    first = next(n for n in ast.parse(source).body if isinstance(n, ast.Import) or getattr(n, "level", 1) == 0)
-    future = getattr(first, "module", None) == "__future__"  # must stay the first one
-    lines = [segment(source, first), *imports] if future else [*imports, segment(source, first)]
-    source = source.replace(segment(source, first), "\n".join(lines), 1)
+    if imports:
+        first = 'log = getLogger("flwr")'  # of what follows the imports
+        assert source.count(first) == 1
+        source = source.replace(first, "\n".join([*imports, first]))
     return "\n\n\n".join([source.rstrip("\n"), *added]) + "\n"
 
 

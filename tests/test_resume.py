@@ -288,6 +288,7 @@ def test_a_checkpoint_holds_the_state_and_nothing_else(app):
     directory = app.run(num_server_rounds=1)
     checkpoint = torch.load(directory / "checkpoints" / "last.pt", weights_only=True)
     state = utils.ServerState(**checkpoint)
+    assert checkpoint.keys() == vars(state).keys()
     assert state.server_round == 1
     assert same_bits(state.model, model(directory))
     assert all(tensor.device.type == "cpu" for tensor in state.model.values())

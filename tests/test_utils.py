@@ -163,9 +163,13 @@ class Evil:
 def test_a_checkpoint_with_code_in_it_is_refused(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     torch.save({"w": Evil()}, tmp_path / "checkpoints" / "last.pt")
-    with pytest.raises(UserError, match=r"last\.pt is not a checkpoint of this app: Weights only load failed"):
+    with pytest.raises(
+        UserError, match=r"last\.pt is not a checkpoint of this app with data only: Weights only load failed"
+    ):
         utils.load_state(tmp_path, {})
-    with pytest.raises(UserError, match=r"last\.pt is not a state_dict of this model: Weights only load failed"):
+    with pytest.raises(
+        UserError, match=r"last\.pt is not a state_dict of this model with data only: Weights only load failed"
+    ):
         utils.load_model(str(tmp_path / "checkpoints" / "last.pt"), nn.Linear(1, 1))
     assert not Path("/tmp/pwned").exists()
 
@@ -174,7 +178,7 @@ def test_a_checkpoint_with_code_in_it_is_refused(tmp_path):
 def test_what_is_no_checkpoint_is_one_clear_error(tmp_path, content):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "last.pt").write_bytes(content)
-    with pytest.raises(UserError, match=r"last\.pt is not a checkpoint of this app: .") as error:
+    with pytest.raises(UserError, match=r"last\.pt is not a checkpoint of this app with data only: .") as error:
         utils.load_state(tmp_path, {})
     assert len(str(error.value).splitlines()) == 1
 
@@ -329,6 +333,8 @@ def test_a_second_run_is_refused_until_the_first_is_killed(app, quick_plot, othe
 
 def test_a_lock_is_released_when_a_run_ends_or_fails(tmp_path):
     (tmp_path / "checkpoints").mkdir()
+    with utils.lock(tmp_path), pytest.raises(UserError, match="flwr stop RUN_ID"), utils.lock(tmp_path):
+        pass  # it has no run_config.json yet
     utils.replace_json(tmp_path / "run_config.json", {"run-id": "7"})
     for _ in range(2):
         with pytest.raises(KeyError), utils.lock(tmp_path):
@@ -371,13 +377,13 @@ def test_a_run_starts_from_the_model_that_it_is_given(app, quick_plot, tmp_path,
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ({"w": torch.ones(2)}, "is not a state_dict of this model: .*Missing key"),
+        ({"w": torch.ones(2)}, "is not a state_dict of this model with data only: .*Missing key"),
         (nn.Linear(3, 2).state_dict() | {"weight": torch.ones(5, 5)}, "size mismatch for weight: .*5, 5.*2, 3"),
         ([1, 2], "is not a state_dict of this model"),
         (torch.ones(2), "is not a state_dict of this model"),
         (7, "is not a state_dict of this model"),
-        (b"no zip", "is not a state_dict of this model: .+"),
-        (None, "is not a state_dict of this model: .*No such file"),
+        (b"no zip", "is not a state_dict of this model with data only: .+"),
+        (None, "is not a state_dict of this model with data only: .*No such file"),
     ],
 )
 def test_what_is_no_model_of_this_kind_is_one_clear_error(tmp_path, content, reason):
