@@ -326,7 +326,7 @@ def test_a_second_run_is_refused_until_the_first_is_killed(app, quick_plot, othe
 
     # W&B writes its own file every 15 s, and so the resumed run logs all rounds again.
     folder = wandb_folder(directory)
-    assert folder.name.endswith(wandb_id)
+    assert wandb_id in folder.name  # W&B adds a number to it where both processes began in the same second
     for logged, expected in zip(own(history_of(folder)), expected_history(directory), strict=True):
         assert logged == expected
 
