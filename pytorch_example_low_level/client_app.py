@@ -9,7 +9,6 @@ import math
 import time
 import traceback
 from collections.abc import Callable
-from logging import getLogger
 
 import torch
 from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
@@ -17,10 +16,8 @@ from flwr.clientapp import ClientApp
 from torch import nn
 
 from pytorch_example_low_level import task
-from pytorch_example_low_level.config import Purpose, RunConfig, UserError, explained, one_line, random_stream
+from pytorch_example_low_level.config import Purpose, RunConfig, UserError, explained, log, one_line, random_stream
 from pytorch_example_low_level.messaging import to_array_record
-
-log = getLogger("flwr")
 
 
 def report_errors(msg: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:

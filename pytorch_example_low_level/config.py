@@ -7,12 +7,15 @@ them. Every value is checked here before anything is sent or written.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import IntEnum
+from logging import getLogger
 from textwrap import shorten
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 import numpy as np
 from flwr.app import Context
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+
+log = getLogger("flwr")  # Flower sends this logger's lines to `flwr run --stream`
 
 
 class UserError(ValueError):
@@ -56,7 +59,6 @@ class RunConfig(BaseModel):
         strict=True,  # no conversion, except that `learning-rate=1` means 1.0
         extra="forbid",
         frozen=True,
-        allow_inf_nan=False,
     )
 
     num_server_rounds: Count
@@ -99,8 +101,7 @@ class RunConfig(BaseModel):
     @classmethod
     def at_most_available(cls, value: int, info: ValidationInfo) -> int:
         """Check that a round does not need more nodes than it waits for."""
-        limit = info.data.get("min_available_nodes", value)
-        if value > limit:
+        if value > (limit := info.data.get("min_available_nodes", value)):
             raise ValueError(f"Input should be at most min-available-nodes, {limit}")
         return value
 
@@ -120,10 +121,6 @@ class RunConfig(BaseModel):
             ]
             # The file shows when another copy of the app runs.
             raise UserError("\n".join([f"Wrong run configuration (checked in {__file__}):", *faults])) from error
-
-    def to_dict(self, *, with_operational: bool = True) -> dict[str, Any]:
-        """Return the configuration with the keys of `pyproject.toml`."""
-        return self.model_dump(by_alias=True, exclude=set() if with_operational else OPERATIONAL)
 
 
 # What random numbers are used for. Each purpose has its own streams.

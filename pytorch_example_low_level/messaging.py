@@ -3,13 +3,10 @@
 They replace `Grid.send_and_receive`, which returns all models at once and asks only every 3 s over a network.
 """
 
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
-from logging import getLogger
 from reprlib import repr as brief
 from typing import Any, TypeVar
 
@@ -18,6 +15,8 @@ import torch
 from flwr.app import DEFAULT_TTL, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
+
+from pytorch_example_low_level.config import log
 
 T = TypeVar("T")
 Read = Callable[[RecordDict], T]  # converts a reply to a value, or raises
@@ -29,11 +28,8 @@ MAX_TEXT = 300  # characters of a node's text that reach the log
 MAX_REASONS = 5  # warnings per phase; further reasons share one
 MAX_LOOK = 64  # message ids in one look for replies; its cost grows with their number
 MAX_WAITING = 8  # models in memory that wait for their turn to be aggregated
-MAX_LATE = 10_000  # late replies that are still fetched, to remove them from the SuperLink
-PAUSE = (0.01, 0.1)  # seconds between two looks: the first after a reply, then increasing up to the second
+PAUSE = 0.03  # seconds between two looks
 PROGRESS_EVERY = 10  # seconds
-
-log = getLogger("flwr")
 
 
 @dataclass(frozen=True)
@@ -100,7 +96,7 @@ class Mailbox:
     def __init__(self, grid: Grid) -> None:
         self.grid = grid
         self.together = 1  # message ids in one request
-        self.late: deque[str] = deque(maxlen=MAX_LATE)  # message ids whose replies nobody waits for any more
+        self.late: deque[str] = deque(maxlen=10_000)  # message ids whose replies nobody waits for any more
 
     def send(
         self, nodes: Sequence[Node], message_type: str, content: RecordDict, server_round: int, timeout: float
@@ -130,15 +126,14 @@ class Mailbox:
         run. At most `window` values wait for their turn in memory; the other replies wait at the SuperLink.
         """
         values: dict[str, T] = {}  # values that wait for their turn
-        pause, log_at = PAUSE[0], time.time() + PROGRESS_EVERY
+        log_at = time.time() + PROGRESS_EVERY
         for message_id, node in list(batch.pending.items()):
             while message_id in batch.pending:
-                began, before = time.time(), len(batch.pending)
-                values |= self.look(batch, list(islice(batch.pending, window - len(values))), read)
+                began = time.time()
+                values |= self.look(batch, list(batch.pending)[: window - len(values)], read)
                 now = time.time()
                 if message_id in batch.pending:
-                    pause = PAUSE[0] if len(batch.pending) < before else min(1.1 * pause, PAUSE[1])
-                    time.sleep(max(0.0, min(max(pause, now - began), batch.deadline - now)))
+                    time.sleep(max(0.0, min(max(PAUSE, now - began), batch.deadline - now)))
                 if now >= log_at:
                     log_at, done, left = now + PROGRESS_EVERY, batch.sent - len(batch.pending), batch.deadline - now
                     log.info("... %s/%s (%s), %.0f s to the deadline", done, batch.sent, batch.message_type, left)
@@ -221,15 +216,14 @@ def read_arrays(content: RecordDict, sent: ArrayRecord) -> dict[str, Tensor]:
         array, kind = arrays[name], f"{like.dtype}{list(like.shape)}"
         if array.dtype != like.dtype or tuple(array.shape) != tuple(like.shape):
             raise Rejected(f"array {name!r} is {clean(array.dtype)}{brief(list(array.shape))}, not {kind}")
-        header = len(like.data) - np.dtype(like.dtype).itemsize * math.prod(like.shape)
+        header = len(like.data) - np.dtype(like.dtype).itemsize * int(np.prod(like.shape))
         if len(array.data) != len(like.data) or array.data[:header] != like.data[:header]:
             raise Rejected(f"the data of array {name!r} are not {kind} in NumPy's format")
         values = array.numpy()
         numbers = values.reshape(-1).view(values.real.dtype)  # complex numbers as pairs of real ones
         limit = MAX_FLOAT if np.issubdtype(numbers.dtype, np.floating) else MAX_INTEGER
-        # NaN fails every comparison, so it is also rejected. A mask of -inf may come back as it was sent.
-        usable = not values.size or (-limit <= float(numbers.min()) and float(numbers.max()) <= limit)
-        if not usable and array.data != like.data:
+        # A mask of -inf may come back as it was sent. NaN fails every comparison, so it is also rejected.
+        if array.data != like.data and not (-limit <= float(numbers.min()) and float(numbers.max()) <= limit):
             raise Rejected(f"array {name!r} is not finite, or has numbers beyond ±{limit:g}")
         tensors[name] = torch.from_numpy(values)
     return tensors
@@ -237,9 +231,7 @@ def read_arrays(content: RecordDict, sent: ArrayRecord) -> dict[str, Tensor]:
 
 def read_metrics(content: RecordDict, *names: str) -> tuple[dict[str, float], int]:
     """Return the named metrics and "num-examples". Raises Rejected for missing or impossible values."""
-    metrics = content.get("metrics")
-    if not isinstance(metrics, MetricRecord):
-        raise Rejected("the reply has no MetricRecord 'metrics'")
+    metrics = content.metric_records.get("metrics", MetricRecord())
     num_examples = metrics.get("num-examples")
     if type(num_examples) is not int or not 1 <= num_examples <= MAX_EXAMPLES:
         raise Rejected(f"num-examples is {brief(num_examples)}, not a whole number from 1 to {MAX_EXAMPLES}")

@@ -4,12 +4,10 @@ Read `main` first: its loop body is one round, from top to bottom. The functions
 follow in the order of the round. `messaging.py` sends their messages and checks the replies.
 """
 
-import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
 from itertools import count
-from logging import getLogger
 from typing import Any
 
 import numpy as np
@@ -19,14 +17,13 @@ from flwr.serverapp import Grid, ServerApp
 from torch import nn
 
 from pytorch_example_low_level import messaging, task, utils
-from pytorch_example_low_level.config import Purpose, RunConfig, UserError, random_stream
+from pytorch_example_low_level.config import Purpose, RunConfig, UserError, log, random_stream
 from pytorch_example_low_level.messaging import Batch, Mailbox, Node
 from pytorch_example_low_level.task import StateDict
 from pytorch_example_low_level.utils import Row
 
 SETTLE = 0.5  # seconds without a new node after which all are assumed to be connected
 
-log = getLogger("flwr")
 app = ServerApp()
 
 
@@ -42,9 +39,7 @@ def main(grid: Grid, context: Context) -> None:
     if config.initial_model and not config.resume_from:
         utils.load_model(config.initial_model, net)
 
-    with utils.open_run(
-        config, context.run_id, net, test_split.images, test_split.labels, test_split.class_names
-    ) as recorder:
+    with utils.open_run(config, context.run_id, net, **vars(test_split)) as recorder:
         state, mailbox = recorder.state, Mailbox(grid)
         if state.server_round < 0:  # a new run: round 0 is the initial model
             recorder.commit(utils.new_row(0) | evaluate_centrally(net, state.model, test_split, device))
@@ -59,15 +54,14 @@ def main(grid: Grid, context: Context) -> None:
             accuracies: list[float] = []
 
             # --- 0. Nodes: wait for them, and sample the cohort that trains in this round
-            before = state.results[-1]["nodes_available"]
-            nodes = wait_for_nodes(grid, config, before, resumed=not nodes)
+            nodes = wait_for_nodes(grid, config, state.results[-1]["nodes_available"], resumed=not nodes)
             cohort = sample_cohort(nodes, config, server_round)
             log.info("Sampled %s out of %s nodes.", len(cohort), len(nodes))
             row |= {"nodes_available": len(nodes), "train_sampled": len(cohort), "seconds_nodes": stopwatch.lap()}
 
             # --- 1. TRAIN on the cohort, and 2. aggregate the models that come back
-            instructions = {"server-round": server_round, "lr": lr, "class-names": test_split.class_names}
-            batch, state.model, train_loss = train(mailbox, cohort, state.model, instructions, config)
+            instructions = {"server-round": server_round, "class-names": test_split.class_names}
+            batch, state.model, train_loss = train(mailbox, cohort, state.model, instructions | {"lr": lr}, config)
             state.last_fault = batch.log_faults() or state.last_fault
             row |= {f"train_{k}": getattr(batch, k) for k in ("received", "failed", "rejected")}
             row |= {"train_loss": train_loss, "seconds_train": stopwatch.lap()}
@@ -76,8 +70,7 @@ def main(grid: Grid, context: Context) -> None:
             queries = None
             if server_round % config.evaluate_every == 0 or server_round == config.num_server_rounds:
                 queries = send_queries(mailbox, sample_asked(nodes, config, server_round), server_round, config)
-            row |= evaluate_centrally(net, state.model, test_split, device)
-            row["seconds_central"] = stopwatch.lap()
+            row |= evaluate_centrally(net, state.model, test_split, device) | {"seconds_central": stopwatch.lap()}
             if state.is_best(row):
                 log.info("🎉 New best global model found: %f", row["centralized_accuracy"])
 
@@ -88,13 +81,11 @@ def main(grid: Grid, context: Context) -> None:
                 row["seconds_query"] = stopwatch.lap()
 
                 # --- 5. EVALUATE on the nodes that opted in
-                instructions = {"server-round": server_round, "class-names": test_split.class_names}
                 accuracies, outcome = evaluate(mailbox, opted_in, state.model, instructions, config)
                 row |= outcome | {"seconds_evaluate": stopwatch.lap()}
 
             # --- 6. Record: from here on, the round survives a crash
-            row["seconds_total"] = whole_round.lap()
-            recorder.commit(row, accuracies)
+            recorder.commit(row | {"seconds_total": whole_round.lap()}, accuracies)
             log.info("⏱️ %s", time_summary(state.results, rounds_left=config.num_server_rounds - server_round))
 
         recorder.finish()
@@ -219,7 +210,7 @@ def evaluate_centrally(net: nn.Module, model: StateDict, test_split: task.Split,
     loss, accuracy, per_class = task.test(net, test_split, device)
     log.info("💡 Centrally evaluated model -> loss: %7.4f /  accuracy: %7.4f", loss, accuracy)
     return {
-        "centralized_loss": loss if math.isfinite(loss) else None,  # JSON has no NaN
+        "centralized_loss": loss if np.isfinite(loss) else None,  # JSON has no NaN
         "centralized_accuracy": accuracy,
         "centralized_accuracy_per_class": per_class,
     }
@@ -230,8 +221,7 @@ def evaluate_centrally(net: nn.Module, model: StateDict, test_split: task.Split,
 
 def send_queries(mailbox: Mailbox, asked: Sequence[Node], server_round: int, config: RunConfig) -> Batch:
     """Ask nodes whether they opt in to the evaluation."""
-    instructions = ConfigRecord({"server-round": server_round, "max-delay": config.query_max_delay})
-    content = RecordDict({"config": instructions})
+    content = RecordDict({"config": ConfigRecord({"server-round": server_round, "max-delay": config.query_max_delay})})
     return mailbox.send(asked, MessageType.QUERY, content, server_round, config.query_timeout)
 
 
@@ -268,17 +258,15 @@ def evaluate(
         log.info("📊 Federated evaluation -> no node took part")
         return [], outcome
     losses, accuracies, weights = ([result[i] for result in results] for i in range(3))
-    loss, loss_std = weighted_mean_std(losses, weights)
-    accuracy, accuracy_std = weighted_mean_std(accuracies, weights)
-    text = "📊 Federated evaluation -> loss: %.3f±%.3f / accuracy: %.3f±%.3f"
-    log.info(text, loss, loss_std, accuracy, accuracy_std)
+    loss, accuracy = (weighted_mean_std(values, weights) for values in (losses, accuracies))
+    log.info("📊 Federated evaluation -> loss: %.3f±%.3f / accuracy: %.3f±%.3f", *loss, *accuracy)
     # A mean hides the nodes for which the model does not work, so the tail is also recorded.
     worst, p10, median = np.percentile(accuracies, [0, 10, 50]).tolist()
     return accuracies, outcome | {
-        "federated_evaluate_loss": loss,
-        "federated_evaluate_loss_std": loss_std,
-        "federated_evaluate_accuracy": accuracy,
-        "federated_evaluate_accuracy_std": accuracy_std,
+        "federated_evaluate_loss": loss[0],
+        "federated_evaluate_loss_std": loss[1],
+        "federated_evaluate_accuracy": accuracy[0],
+        "federated_evaluate_accuracy_std": accuracy[1],
         "federated_evaluate_accuracy_min": worst,
         "federated_evaluate_accuracy_p10": p10,
         "federated_evaluate_accuracy_median": median,

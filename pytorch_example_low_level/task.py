@@ -5,12 +5,10 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
-from logging import getLogger
 from math import ceil, inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pytorch_example_low_level.config import Purpose, RunConfig, UserError, explained, random_stream
+from pytorch_example_low_level.config import Purpose, RunConfig, UserError, explained, log, random_stream
 
 if TYPE_CHECKING:
     import datasets
@@ -29,13 +27,18 @@ if TYPE_CHECKING:
 
 StateDict = dict[str, Tensor]
 PerClass = list[float | None]  # None for a class without images
-log = getLogger("flwr")
 
 BUNDLED = "fashion-mnist-sample"
 ON_THE_HUB = "zalando-datasets/fashion_mnist"  # used if the bundled images are not installed
 VALIDATION_SHARE = 0.2  # of a node's images; the rest is for training
 TEST_SPLITS = ("test", "validation", "valid")  # the first of these that has labels is used
 MIN_PARTITION = 5  # images: four to train on, one to validate on
+ALLOWED = (
+    f" -- Allowed: dataset={BUNDLED!r} (its images come with `pip install .` in a clone of the app; without them it is "
+    f"{ON_THE_HUB} on the Hub), the absolute path of a folder that datasets.load_dataset or datasets.load_from_disk "
+    "can read, or the name of an image-classification data set on the Hugging Face Hub (needs network; with "
+    "HF_HUB_OFFLINE=1 what is in the cache is used at once)."
+)
 
 
 # ---------------------------------------------------------------------------------- Model
@@ -107,14 +110,13 @@ class Split:
 
     def numbered_as(self, class_names: Sequence[str]) -> Split:
         """Return the split with its labels numbered as in `class_names`. Raises UserError for a class not in there."""
-        numbers = {name: number for number, name in enumerate(class_names)}
-        unknown = [name for name in self.class_names if name not in numbers]
+        unknown = [name for name in self.class_names if name not in class_names]
         if unknown:
             raise UserError(
                 f"this node's classes are {list(self.class_names)}, and the server's are {list(class_names)}: "
                 f"{unknown} is not among them. Rename: rows.cast_column('label', datasets.ClassLabel(names=[...]))"
             )
-        labels = torch.tensor([numbers[name] for name in self.class_names])[self.labels]
+        labels = torch.tensor([class_names.index(name) for name in self.class_names])[self.labels]
         return Split(self.images, labels, class_names)
 
 
@@ -126,7 +128,9 @@ def load_partition(
 
     A process caches the last 256 partitions it used, which take at most about one copy of the training images.
     """
-    with _explained(f"dataset {dataset!r} for {num_partitions} nodes"):
+    what = f"Cannot use dataset {dataset!r} for {num_partitions} nodes"
+    # The partitioner warns of each retry, and raises if all fail.
+    with explained(what, ALLOWED), warnings.catch_warnings(action="ignore"):
         rows = partitions(dataset, partitioner, num_partitions, alpha, seed).load_partition(partition_id)
         return _train_and_validation(_to_split(rows), seed, partition_id)
 
@@ -134,7 +138,7 @@ def load_partition(
 @lru_cache(maxsize=4)
 def load_folder(path: str, partition_id: int, seed: int) -> dict[str, Split]:
     """Load the "train" and the "validation" part of a node's own folder of images. Raises UserError."""
-    with _explained(f"data-path {path!r}"):
+    with explained(f"Cannot use data-path {path!r}", ALLOWED):
         splits = _load(path)
         rows = _decode(splits, "train" if "train" in splits else next(iter(splits)), in_memory=True)
         return _train_and_validation(_to_split(rows), seed, partition_id)
@@ -142,7 +146,7 @@ def load_folder(path: str, partition_id: int, seed: int) -> dict[str, Split]:
 
 def load_test_split(dataset: str) -> Split:
     """Load the images for the central evaluation. Raises UserError."""
-    with _explained(f"dataset {dataset!r}"):
+    with explained(f"Cannot use dataset {dataset!r}", ALLOWED):
         splits = _load(dataset)
         name = next((n for n in TEST_SPLITS if n in splits and set(splits[n].unique("label")) - {None, -1}), None)
         if name is None:
@@ -160,11 +164,9 @@ def partitions(
     splits = _load(dataset)
     if "train" not in splits:
         raise UserError(f"there is no split train; the splits are {list(splits)}")
-    rows = _decode(splits, "train") if decoded else splits["train"].with_format("arrow")
+    rows = (_decode(splits, "train") if decoded else splits["train"]).with_format("arrow")  # the fastest to search
     if len(rows) < MIN_PARTITION * num_partitions:
-        raise UserError(
-            f"{len(rows)} training images are too few for {num_partitions} nodes, each of which needs {MIN_PARTITION}"
-        )
+        raise UserError(f"{len(rows)} training images are too few for {num_partitions} nodes ({MIN_PARTITION} each)")
     if partitioner == "iid":
         dealt: Partitioner = IidPartitioner(num_partitions)
         rows = rows.shuffle(seed=seed)  # IidPartitioner takes consecutive rows, which may be sorted by label
@@ -217,18 +219,15 @@ def _canonical(splits: datasets.DatasetDict) -> datasets.DatasetDict:
     images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
     labels = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
     others = [name for name in features if name not in images[:1]]
+    columns = f"the columns are {dict(features)}"
     if not images:
-        raise UserError(
-            f"no column of type Image; the columns are {dict(features)}. Where a column holds images as bytes or "
-            "paths: rows.cast_column('that column', datasets.Image())"
-        )
+        raise UserError(f"no Image column; {columns}. For bytes or paths: rows.cast_column('...', datasets.Image())")
     if not labels:
         lone = len(others) == 1 and isinstance(features[others[0]], datasets.Value)
         if not lone or len({frozenset(rows.unique(others[0])) for rows in splits.values()}) > 1:
             raise UserError(
-                f"no column of type ClassLabel; the columns are {dict(features)}. Make one, in all splits alike: "
-                f"rows.class_encode_column({[*others, 'label'][0]!r}) or "
-                "rows.cast_column('label', datasets.ClassLabel(names=[...]))"
+                f"no ClassLabel column; {columns}. Make one, in all splits alike: rows.class_encode_column("
+                f"{[*others, 'label'][0]!r}) or rows.cast_column('label', datasets.ClassLabel(names=[...]))"
             )
         labels, splits = others, splits.class_encode_column(others[0])
     splits = splits.select_columns([images[0], labels[0]])
@@ -253,8 +252,7 @@ def _decode(splits: datasets.DatasetDict, name: str, *, in_memory: bool = False)
     rows = splits[name]
     in_memory = in_memory or not all(os.access(Path(file["filename"]).parent, os.W_OK) for file in rows.cache_files)
     # Batches are small because photos are decoded at their full size.
-    decoded = rows.map(to_bytes, batched=True, batch_size=50, remove_columns=["image"], keep_in_memory=in_memory)
-    return decoded.with_format("arrow")  # 40 times as fast as Python lists
+    return rows.map(to_bytes, batched=True, batch_size=50, remove_columns=["image"], keep_in_memory=in_memory)
 
 
 def pixel_converter(in_channels: int, size: int) -> Callable[[Image.Image], np.ndarray]:
@@ -279,26 +277,9 @@ def _to_split(rows: datasets.Dataset) -> Split:
     if any(label is None or label < 0 for label in labels):
         raise UserError("some images have no label")
     size = 28 if not pixels or len(pixels[0]) % 28 == 0 else 32  # 32 * 32 * C is not a multiple of 28
-    images = np.frombuffer(b"".join(pixels), np.uint8).reshape(len(labels), size, size, -1)
-    return Split(
-        torch.from_numpy(images.transpose(0, 3, 1, 2).copy(order="C")),
-        torch.tensor(labels, dtype=torch.int64),
-        rows.features["label"].names,
-    )
-
-
-@contextmanager
-def _explained(what: str) -> Iterator[None]:
-    """Convert any exception about `what` to a UserError that says what is allowed."""
-    allowed = (
-        f" -- Allowed: dataset={BUNDLED!r} (its images come with `pip install .` in a "
-        f"clone of the app; without them it is {ON_THE_HUB} on the Hub), the absolute path of a folder that "
-        "datasets.load_dataset or datasets.load_from_disk can read, or the name of an image-classification data "
-        "set on the Hugging Face Hub (needs network; with HF_HUB_OFFLINE=1 what is in the cache is used at once)."
-    )
-    # The partitioner warns of each retry, and raises if all fail.
-    with explained(f"Cannot use {what}", allowed), warnings.catch_warnings(action="ignore"):
-        yield
+    array = np.frombuffer(b"".join(pixels), np.uint8).reshape(len(labels), size, size, -1)
+    images = torch.from_numpy(array.transpose(0, 3, 1, 2).copy(order="C"))
+    return Split(images, torch.tensor(labels, dtype=torch.int64), rows.features["label"].names)
 
 
 # ------------------------------------------------------------------- Training and testing
@@ -316,9 +297,8 @@ def train(
         raise UserError("the training split is empty")
     generator = torch.Generator().manual_seed(seed)
     net.to(device).train()
-    trainable = [parameter for parameter in net.parameters() if parameter.requires_grad]
-    fused = device.type in ("cpu", "cuda") and not any(p.is_complex() for p in trainable)  # one kernel a step
-    optimizer = torch.optim.SGD(trainable, lr=lr, momentum=config.momentum, fused=fused)
+    fused = device.type in ("cpu", "cuda") and all(p.is_floating_point() for p in net.parameters())  # one kernel a step
+    optimizer = torch.optim.SGD(net.parameters(), lr=lr, momentum=config.momentum, fused=fused)
     images, labels = data.images.to(device), data.labels.to(device)
 
     # Logit adjustment (Menon et al. 2021, arXiv:2007.07314; for federated learning Zhang et al.

@@ -17,7 +17,6 @@ from datetime import datetime
 from functools import partial
 from importlib.metadata import version
 from itertools import count
-from logging import getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -27,7 +26,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from pytorch_example_low_level import __version__
-from pytorch_example_low_level.config import RunConfig, UserError, explained, one_line
+from pytorch_example_low_level.config import OPERATIONAL, RunConfig, UserError, explained, log, one_line
 
 if TYPE_CHECKING:
     import wandb
@@ -35,12 +34,10 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]  # one round in results.json
 PLOT_EVERY = 30  # seconds between two drawings during a run
-log = getLogger("flwr")
 
 # The keys of a round in results.json, in this order. A value that a round does not have is None.
 RESULT_KEYS = (
-    "round", "lr", "nodes_available",
-    "train_sampled", "train_received", "train_failed", "train_rejected", "train_loss",
+    "round", "lr", "nodes_available", "train_sampled", "train_received", "train_failed", "train_rejected", "train_loss",
     "centralized_loss", "centralized_accuracy", "centralized_accuracy_per_class",
     "query_sent", "query_received", "opted_in", "evaluate_received", "evaluate_failed",
     "federated_evaluate_loss", "federated_evaluate_loss_std",
@@ -149,7 +146,7 @@ def open_run(
     """
     model = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     # A run is resumed only with the same configuration, model and data.
-    identity = config.to_dict(with_operational=False)
+    identity = config.model_dump(by_alias=True, exclude=OPERATIONAL)
     identity |= {f"model: {name}": f"{tensor.dtype} {tuple(tensor.shape)}" for name, tensor in model.items()}
     identity["test data"] = hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()[:16]
     directory = Path(config.resume_from).expanduser().absolute() if config.resume_from else make_directory(config)
@@ -161,7 +158,7 @@ def open_run(
         versions = {name: version(name) for name in ("flwr", "flwr-datasets", "torch", "numpy")}
         versions |= {"app": __version__, "python": sys.version.split()[0]}
         about = {"class-names": list(class_names), "image-shape": list(images.shape[1:]), "versions": versions}
-        replace_json(directory / "run_config.json", config.to_dict() | about | {"run-id": str(run_id)})
+        replace_json(directory / "run_config.json", config.model_dump(by_alias=True) | about | {"run-id": str(run_id)})
         recorder = Recorder(directory, config, state, class_names)
         try:
             recorder.start()
@@ -203,13 +200,12 @@ def load_state(directory: Path, identity: dict[str, Any]) -> ServerState:
     path = directory / "checkpoints" / "last.pt"
     with explained(f"resume-from: {path} is not a checkpoint of this app with data only"):
         state = ServerState(**torch.load(path, map_location="cpu", weights_only=True))
-    differences = "".join(
-        f"\n  - {key}: {state.identity.get(key, 'nothing')!r} then, {identity.get(key, 'nothing')!r} now"
-        for key in state.identity | identity
-        if state.identity.get(key) != identity.get(key)
-    )
-    if differences:
-        raise UserError(f"resume-from: the settings of {directory} differ. Give it the same ones again:{differences}")
+    then, now = state.identity, identity
+    changed = [key for key in then | now if then.get(key) != now.get(key)]
+    if changed:
+        what = f"resume-from: the settings of {directory} differ. Give it the same ones again:"
+        lines = [f"  - {key}: {then.get(key, 'nothing')!r} then, {now.get(key, 'nothing')!r} now" for key in changed]
+        raise UserError("\n".join([what, *lines]))
     log.info("📂 Resuming after round %s", state.server_round)
     return state
 
@@ -327,16 +323,14 @@ def start_wandb(config: RunConfig, directory: Path, wandb_id: str) -> wandb.Run:
 
     # Flower reads this process's output, so W&B must leave it alone. Without a timeout, `finish` may wait for ever.
     settings = wandb.Settings(init_timeout=20, finish_timeout=60, console="off", silent=True)
-    tags = ["flower", "low-level-api", config.partitioner]
-    init = partial(wandb.init, project=config.wandb_project, dir=directory, config=config.to_dict(), tags=tags)
-    init = partial(init, id=wandb_id or None, resume="allow", settings=settings)
+    init = partial(wandb.init, project=config.wandb_project, dir=directory, config=config.model_dump(by_alias=True))
+    init = partial(init, id=wandb_id or None, resume="allow", tags=["flower", "low-level-api"], settings=settings)
     try:
         run = init()
     except Exception as error:  # W&B raises many classes, for a missing account, network or process
         log.info("📈 W&B cannot go online: %s", one_line(error))
         wandb.teardown()  # the failed attempt may still hold the id of a resumed run
         run = init(mode="offline")
-    run.define_metric("*", step_metric="round")
     sync = f"offline. To upload this run later: wandb sync {Path(run.dir).parent}"
     log.info("📈 W&B is %s", sync if run.offline else f"online: {run.url}")
     return run

@@ -65,9 +65,9 @@ def with_definitions(source: str, code: str) -> str:
         else:
             added.append(text)
     if imports:
-        first = 'log = getLogger("flwr")'  # of what follows the imports
-        assert source.count(first) == 1
-        source = source.replace(first, "\n".join([*imports, first]))
+        lines = source.splitlines()
+        last = max(n.end_lineno for n in ast.parse(source).body if isinstance(n, ast.Import | ast.ImportFrom))
+        source = "\n".join([*lines[:last], *imports, *lines[last:]])
     return "\n\n\n".join([source.rstrip("\n"), *added]) + "\n"
 
 

@@ -7,7 +7,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pytorch_example_low_level import server_app
-from pytorch_example_low_level.config import Purpose, RunConfig, UserError, explained, one_line, random_stream
+from pytorch_example_low_level.config import (
+    OPERATIONAL,
+    Purpose,
+    RunConfig,
+    UserError,
+    explained,
+    one_line,
+    random_stream,
+)
 from tests.grid import make_context, run_config
 
 DEFAULTS = run_config()
@@ -76,7 +84,7 @@ def read(**overrides) -> RunConfig:
 
 
 def test_the_defaults_are_valid_and_come_back():
-    assert RunConfig.from_context(make_context(DEFAULTS)).to_dict() == DEFAULTS
+    assert RunConfig.from_context(make_context(DEFAULTS)).model_dump(by_alias=True) == DEFAULTS
 
 
 def test_a_whole_number_may_stand_for_a_float():
@@ -97,7 +105,7 @@ def test_a_wrong_value_is_named_with_key_and_what_is_allowed(key, value):
 
 @pytest.mark.parametrize(("key", "value"), [(k, v) for k, values in LIMITS.items() for v in values])
 def test_the_limits_are_allowed(key, value):
-    assert RunConfig.from_context(make_context(DEFAULTS | {key: value})).to_dict()[key] == value
+    assert RunConfig.from_context(make_context(DEFAULTS | {key: value})).model_dump(by_alias=True)[key] == value
 
 
 def test_every_key_has_a_wrong_value_in_the_table():
@@ -122,7 +130,7 @@ def test_all_faults_come_together_and_nothing_is_written(tmp_path):
 
 
 def test_keys_that_may_change_on_resuming_are_told_apart():
-    lasting = RunConfig.from_context(make_context(DEFAULTS)).to_dict(with_operational=False)
+    lasting = RunConfig.from_context(make_context(DEFAULTS)).model_dump(by_alias=True, exclude=OPERATIONAL)
     assert DEFAULTS.keys() - lasting.keys() == {
         "num-server-rounds", "min-available-nodes", "node-wait-timeout", "train-timeout", "query-timeout",
         "evaluate-timeout", "server-device", "output-dir", "resume-from", "use-wandb", "wandb-project",
@@ -143,7 +151,7 @@ def test_any_values_give_a_configuration_or_one_error(overrides):
         assert set(faults) <= overrides.keys() | {"min-train-nodes"}
         assert "Traceback" not in str(error)
     else:
-        assert config.to_dict() == DEFAULTS | overrides
+        assert config.model_dump(by_alias=True) == DEFAULTS | overrides
 
 
 def test_an_error_is_one_line_or_its_name():

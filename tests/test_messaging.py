@@ -4,6 +4,7 @@ import math
 import time
 import tracemalloc
 import weakref
+from collections import deque
 
 import pytest
 import torch
@@ -205,11 +206,11 @@ def test_a_look_asks_for_a_bounded_number_of_ids():
     assert max(map(len, grid.looks)) == MAX_LOOK
 
 
-def test_looks_grow_rarer_while_no_reply_comes():
+def test_there_is_a_pause_between_two_looks():
     grid = TimedGrid([NEVER] * NODES)
     mailbox = Mailbox(grid)
     collect(mailbox, send(mailbox, 1))
-    assert 16 <= len(grid.looks) <= 45  # every 0.01 s would be 100, every 0.1 s 10
+    assert 12 <= len(grid.looks) <= 35  # every 0.03 s, and one after the deadline
 
 
 def test_late_replies_are_fetched_and_dropped_later():
@@ -230,10 +231,10 @@ def test_late_replies_are_fetched_and_dropped_later():
 
 
 @pytest.mark.parametrize(("room", "looked_for"), [(5, 5), (10, messaging.MAX_WAITING)])  # they may be models
-def test_late_replies_are_looked_for_only_while_there_is_room(monkeypatch, room, looked_for):
-    monkeypatch.setattr(messaging, "MAX_LATE", room)
+def test_late_replies_are_looked_for_only_while_there_is_room(room, looked_for):
     grid = TimedGrid([NEVER] * 30)
     mailbox = Mailbox(grid)
+    mailbox.late = deque(maxlen=room)
     first = send(mailbox, 0.05)
     first_ids = set(first.pending)
     assert collect(mailbox, first) == []
@@ -754,7 +755,7 @@ def test_the_largest_metric_allowed_is_read():
 
 @pytest.mark.parametrize("content", [{}, {"metrics": ConfigRecord({"num-examples": 3})}, {"metrics": ArrayRecord()}])
 def test_a_reply_without_metrics_is_rejected(content):
-    with pytest.raises(Rejected, match="no MetricRecord 'metrics'"):
+    with pytest.raises(Rejected, match="num-examples is None, not a whole number"):
         read_metrics(RecordDict(content))
 
 

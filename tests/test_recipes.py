@@ -313,6 +313,7 @@ def test_nodes_are_at_work_all_the_time(try_out):
     assert all(row["train_received"] >= app.server_app.BUFFER for row in done.rows[1:])
     sampled, received = ([row[f"train_{key}"] for row in done.rows[1:]] for key in ("sampled", "received"))
     assert sampled == [8, *received[:-1]]  # whoever is done makes room for another
+    assert not any(row["train_failed"] or row["train_rejected"] for row in done.rows[1:])
     assert sum(row["seconds_train"] for row in done.rows[1:]) < 14
     assert {8, 9} & {partition for round_ in trained(grid).values() for partition in round_}
 
