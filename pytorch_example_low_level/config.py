@@ -1,4 +1,4 @@
-"""The typed, validated run configuration, and the random streams that derive from its seed.
+"""What all modules share: the typed, validated run configuration, its random streams, errors and the log.
 
 `pyproject.toml` holds the defaults and says what each key means; `flwr run --run-config` overrides
 them. Every value is checked here before anything is sent or written.

@@ -296,10 +296,9 @@ class Recorder:
         with optional("📈 W&B"):
             import wandb
 
-            plot, best = self.directory / "metrics.png", self.directory / "checkpoints" / "best.pt"
-            if plot.exists():
+            if (plot := self.directory / "metrics.png").exists():
                 self.wandb_run.summary["metrics"] = wandb.Image(str(plot))  # `log` would use up the next round's step
-            if best.exists():
+            if (best := self.directory / "checkpoints" / "best.pt").exists():
                 metadata = {"best_round": self.state.best_round}
                 artifact = wandb.Artifact(f"best-model-{self.wandb_run.id}", type="model", metadata=metadata)
                 artifact.add_file(str(best))

@@ -5,6 +5,7 @@ import time
 import tracemalloc
 import weakref
 from collections import deque
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -206,11 +207,23 @@ def test_a_look_asks_for_a_bounded_number_of_ids():
     assert max(map(len, grid.looks)) == MAX_LOOK
 
 
-def test_there_is_a_pause_between_two_looks():
-    grid = TimedGrid([NEVER] * NODES)
-    mailbox = Mailbox(grid)
-    collect(mailbox, send(mailbox, 1))
-    assert 12 <= len(grid.looks) <= 35  # every 0.03 s, and one after the deadline
+def test_looks_grow_rarer_in_a_long_phase(monkeypatch):
+    """On a clock that only sleeping moves: after 0.01 s, and from 0.5 s on after 2 % of the time since the sending."""
+    now = start = time.time()
+    pauses = []
+
+    def sleep(seconds):
+        nonlocal now
+        pauses.append((now - start, seconds))
+        now += seconds
+
+    monkeypatch.setattr(messaging, "time", SimpleNamespace(time=lambda: now, sleep=sleep))
+    mailbox = Mailbox(InProcessGrid(lambda message, context: None, run_config(), NODES))
+    assert collect(mailbox, send(mailbox, 600)) == []
+    assert [pause for at, pause in pauses[:40]] == [pytest.approx(0.01, abs=1e-6)] * 40
+    assert all(pause == pytest.approx(0.02 * at, rel=1e-3) for at, pause in pauses[-20:-1])
+    assert len(pauses) < 500
+    assert now - start == pytest.approx(600, abs=1e-3)  # the last pause ends at the deadline
 
 
 def test_late_replies_are_fetched_and_dropped_later():
