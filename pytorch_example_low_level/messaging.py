@@ -134,8 +134,8 @@ class Mailbox:
                 now = time.time()
                 left = batch.deadline - now
                 if message_id in batch.pending:
-                    # Longer pauses in a long phase, 2 % of the time since it began, so that waiting costs little.
-                    time.sleep(max(0.0, min(max(PAUSE, now - began, (batch.timeout - left) / 50), left)))
+                    # Longer pauses in a long phase, 1 % of the time since it began, so that waiting costs little.
+                    time.sleep(max(0.0, min(max(PAUSE, now - began, (batch.timeout - left) / 100), left)))
                 if now >= log_at:
                     log_at, done = now + PROGRESS_EVERY, batch.sent - len(batch.pending)
                     log.info("... %s/%s (%s), %.0f s to the deadline", done, batch.sent, batch.message_type, left)
