@@ -138,6 +138,9 @@ def test_an_offline_run_holds_all_that_results_json_has(app, quick_plot, caplog)
     text = "".join(map(str, records))
     for word in ("my-project", "low-level-api", "best_centralized_accuracy", "image-file", "best-model-", "best_round"):
         assert word in text
+    (artifact,) = [r.artifact for r in records if r.WhichOneof("record_type") == "artifact"]
+    size = (directory / "checkpoints" / "best.pt").stat().st_size
+    assert [(file.path, file.size) for file in artifact.manifest.contents] == [("best.pt", size)]
     configs = [str(r.run.config) for r in records if r.WhichOneof("record_type") == "run"]
     assert "num-server-rounds" in configs[0]
     assert "dirichlet-alpha" in configs[0]
