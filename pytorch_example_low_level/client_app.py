@@ -109,8 +109,9 @@ def received_model(msg: Message, data: task.Split, config: RunConfig) -> nn.Modu
     # The seed, because a model may have random buffers that are not in its state_dict.
     in_channels, num_classes = data.images.shape[1], len(data.class_names)
     net = task.initial_model(in_channels, num_classes, config.seed)
+    state_dict = msg.content.array_records["arrays"].to_torch_state_dict()
     with explained(f"the server's model does not fit images of {in_channels} channels and {num_classes} classes"):
-        net.load_state_dict(msg.content.array_records["arrays"].to_torch_state_dict())
+        net.load_state_dict(state_dict)
     return net
 
 

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import IntEnum
 from logging import getLogger
-from textwrap import shorten
 from typing import Annotated, Literal, Self
 
 import numpy as np
@@ -24,7 +23,7 @@ class UserError(ValueError):
 
 def one_line(error: BaseException) -> str:
     """Return an error's text as one line of at most 1,000 characters, or the name of its class if it has no text."""
-    return shorten(str(error), 1000, placeholder=" ...") or type(error).__name__
+    return " ".join(str(error).split())[:1000] or type(error).__name__
 
 
 @contextmanager

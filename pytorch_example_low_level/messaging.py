@@ -96,7 +96,7 @@ class Mailbox:
     def __init__(self, grid: Grid) -> None:
         self.grid = grid
         self.together = 1  # message ids in one request
-        self.late: deque[str] = deque(maxlen=10_000)  # message ids whose replies nobody waits for any more
+        self.late: deque[str] = deque(maxlen=10_000)  # ids of messages whose replies are no longer awaited
 
     def send(
         self, nodes: Sequence[Node], message_type: str, content: RecordDict, server_round: int, timeout: float
@@ -132,10 +132,10 @@ class Mailbox:
                 began = time.time()
                 values |= self.look(batch, list(batch.pending)[: window - len(values)], read)
                 now = time.time()
-                left = batch.deadline - now
+                left = max(0.0, batch.deadline - now)
                 if message_id in batch.pending:
                     # Longer pauses in a long phase, 1 % of the time since it began, so that waiting costs little.
-                    time.sleep(max(0.0, min(max(PAUSE, now - began, (batch.timeout - left) / 100), left)))
+                    time.sleep(min(max(PAUSE, now - began, (batch.timeout - left) / 100), PROGRESS_EVERY, left))
                 if now >= log_at:
                     log_at, done = now + PROGRESS_EVERY, batch.sent - len(batch.pending)
                     log.info("... %s/%s (%s), %.0f s to the deadline", done, batch.sent, batch.message_type, left)
@@ -149,7 +149,8 @@ class Mailbox:
         replies of earlier phases are fetched and dropped, because a simulation searches all messages that it holds.
         """
         is_last_look = time.time() >= batch.deadline
-        late = {self.late.popleft(): None for _ in range(min(len(self.late), MAX_WAITING, MAX_LOOK - len(ids)))}
+        room = min(MAX_WAITING, MAX_LOOK - len(ids), self.together)
+        late = {self.late.popleft(): None for _ in range(min(len(self.late), room))}
         values: dict[str, T] = {}
         for message_id, reply in self._pull([*ids, *late]):
             late.pop(message_id, None)

@@ -20,7 +20,7 @@ from pytorch_example_low_level import messaging, task, utils
 from pytorch_example_low_level.config import Purpose, RunConfig, UserError, log, random_stream
 from pytorch_example_low_level.messaging import Batch, Mailbox, Node
 from pytorch_example_low_level.task import StateDict
-from pytorch_example_low_level.utils import Row
+from pytorch_example_low_level.utils import Row, open_run
 
 SETTLE = 0.5  # seconds without a new node after which all are assumed to be connected
 
@@ -34,15 +34,15 @@ def main(grid: Grid, context: Context) -> None:
     config = RunConfig.from_context(context)
     utils.log_environment()
     device = task.pick_device(config.server_device)
-    test_split = task.load_test_split(config.dataset)
-    net = task.initial_model(test_split.images.shape[1], len(test_split.class_names), config.seed)
+    test_data = task.load_test_split(config.dataset)
+    net = task.initial_model(test_data.images.shape[1], len(test_data.class_names), config.seed)
     if config.initial_model and not config.resume_from:
         utils.load_model(config.initial_model, net)
 
-    with utils.open_run(config, context.run_id, net, **vars(test_split)) as recorder:
+    with open_run(config, context.run_id, net, test_data.images, test_data.labels, test_data.class_names) as recorder:
         state, mailbox = recorder.state, Mailbox(grid)
         if state.server_round < 0:  # a new run: round 0 is the initial model
-            recorder.commit(utils.new_row(0) | evaluate_centrally(net, state.model, test_split, device))
+            recorder.commit(utils.new_row(0) | evaluate_centrally(net, state.model, test_data, device))
 
         nodes: list[Node] = []
         for server_round in range(state.server_round + 1, config.num_server_rounds + 1):
@@ -60,9 +60,9 @@ def main(grid: Grid, context: Context) -> None:
             row |= {"nodes_available": len(nodes), "train_sampled": len(cohort), "seconds_nodes": stopwatch.lap()}
 
             # --- 1. TRAIN on the cohort, and 2. aggregate the models that come back
-            instructions = {"server-round": server_round, "class-names": test_split.class_names}
+            instructions = {"server-round": server_round, "class-names": test_data.class_names}
             batch, state.model, train_loss = train(mailbox, cohort, state.model, instructions | {"lr": lr}, config)
-            state.last_fault = batch.log_faults() or state.last_fault
+            state.last_fault = batch.log_faults()
             row |= {f"train_{k}": getattr(batch, k) for k in ("received", "failed", "rejected")}
             row |= {"train_loss": train_loss, "seconds_train": stopwatch.lap()}
 
@@ -70,7 +70,7 @@ def main(grid: Grid, context: Context) -> None:
             queries = None
             if server_round % config.evaluate_every == 0 or server_round == config.num_server_rounds:
                 queries = send_queries(mailbox, sample_asked(nodes, config, server_round), server_round, config)
-            row |= evaluate_centrally(net, state.model, test_split, device) | {"seconds_central": stopwatch.lap()}
+            row |= evaluate_centrally(net, state.model, test_data, device) | {"seconds_central": stopwatch.lap()}
             if state.is_best(row):
                 log.info("🎉 New best global model found: %f", row["centralized_accuracy"])
 
@@ -118,7 +118,7 @@ def wait_for_nodes(grid: Grid, config: RunConfig, before: int | None, *, resumed
     simulated = all(node.simulated for node in nodes)
     if resumed and simulated and before not in (None, len(nodes)):
         raise UserError(
-            f"The run had {before} simulated nodes, and now there are {len(nodes)}. They would have other images. "
+            f"The run had {before} simulated nodes, and now there are {len(nodes)}. A node would get different images. "
             f'Resume it with --federation-config "num-supernodes={before} client-resources-num-cpus=1".'
         )
     if before is None and simulated and len(nodes) == 2:  # Flower's default
@@ -204,10 +204,10 @@ def weighted_mean(updates: Iterable[tuple[StateDict, int]], like: StateDict) -> 
 # ------------------------------------------------------------------ 3. Central evaluation
 
 
-def evaluate_centrally(net: nn.Module, model: StateDict, test_split: task.Split, device: torch.device) -> Row:
+def evaluate_centrally(net: nn.Module, model: StateDict, test_data: task.Split, device: torch.device) -> Row:
     """Evaluate the global model on the test split; return what to record."""
     net.load_state_dict(model)
-    loss, accuracy, per_class = task.test(net, test_split, device)
+    loss, accuracy, per_class = task.test(net, test_data, device)
     log.info("💡 Centrally evaluated model -> loss: %7.4f /  accuracy: %7.4f", loss, accuracy)
     return {
         "centralized_loss": loss if np.isfinite(loss) else None,  # JSON has no NaN
@@ -258,15 +258,16 @@ def evaluate(
         log.info("📊 Federated evaluation -> no node took part")
         return [], outcome
     losses, accuracies, weights = ([result[i] for result in results] for i in range(3))
-    loss, accuracy = (weighted_mean_std(values, weights) for values in (losses, accuracies))
-    log.info("📊 Federated evaluation -> loss: %.3f±%.3f / accuracy: %.3f±%.3f", *loss, *accuracy)
+    loss, loss_std = weighted_mean_std(losses, weights)
+    accuracy, accuracy_std = weighted_mean_std(accuracies, weights)
+    log.info("📊 Federated evaluation -> loss: %.3f±%.3f / accuracy: %.3f±%.3f", loss, loss_std, accuracy, accuracy_std)
     # A mean hides the nodes for which the model does not work, so the tail is also recorded.
     worst, p10, median = np.percentile(accuracies, [0, 10, 50]).tolist()
     return accuracies, outcome | {
-        "federated_evaluate_loss": loss[0],
-        "federated_evaluate_loss_std": loss[1],
-        "federated_evaluate_accuracy": accuracy[0],
-        "federated_evaluate_accuracy_std": accuracy[1],
+        "federated_evaluate_loss": loss,
+        "federated_evaluate_loss_std": loss_std,
+        "federated_evaluate_accuracy": accuracy,
+        "federated_evaluate_accuracy_std": accuracy_std,
         "federated_evaluate_accuracy_min": worst,
         "federated_evaluate_accuracy_p10": p10,
         "federated_evaluate_accuracy_median": median,

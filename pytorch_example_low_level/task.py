@@ -172,9 +172,7 @@ def partitions(
         rows = rows.shuffle(seed=seed)  # IidPartitioner takes consecutive rows, which may be sorted by label
     else:
         # Label skew after Yurochkin et al. 2019 (arXiv:1905.12022).
-        dealt = DirichletPartitioner(
-            num_partitions, partition_by="label", alpha=alpha, min_partition_size=MIN_PARTITION, seed=seed
-        )
+        dealt = DirichletPartitioner(num_partitions, "label", alpha, min_partition_size=MIN_PARTITION, seed=seed)
     dealt.dataset = rows
     return dealt
 
@@ -241,8 +239,8 @@ def _decode(splits: datasets.DatasetDict, name: str, *, in_memory: bool = False)
     unless these are all 28x28.
     """
     splits = splits.with_format(None)
-    sampled = ((rows, row) for rows in splits.values() for row in range(0, len(rows), max(1, len(rows) // 100)))
-    formats = {(image.mode, image.size) for rows, row in sampled for image in [rows[row]["image"]]}
+    sampled = (rows[i]["image"] for rows in splits.values() for i in range(0, len(rows), max(1, len(rows) // 100)))
+    formats = {(image.mode, image.size) for image in sampled}
     in_channels = 1 if {mode for mode, _ in formats} <= {"1", "L"} else 3
     to_pixels = pixel_converter(in_channels, 28 if {size for _, size in formats} == {(28, 28)} else 32)
 

@@ -81,7 +81,7 @@ class ServerState:
     best_accuracy: float | None = None
     results: list[Row] = field(default_factory=list)
     wandb_id: str = ""  # a resumed run continues under it
-    last_fault: str = ""  # why the last TRAIN reply was left out
+    last_fault: str = ""  # the first fault of the last TRAIN phase
 
     def is_best(self, row: Row) -> bool:
         """Return whether a round has a better central accuracy than all committed rounds."""
@@ -146,7 +146,7 @@ def open_run(
     """
     model = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     # A run is resumed only with the same configuration, model and data.
-    identity = config.model_dump(by_alias=True, exclude=OPERATIONAL)
+    identity = config.model_dump(by_alias=True, exclude=OPERATIONAL) | {"class-names": list(class_names)}
     identity |= {f"model: {name}": f"{tensor.dtype} {tuple(tensor.shape)}" for name, tensor in model.items()}
     identity["test data"] = hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()[:16]
     directory = Path(config.resume_from).expanduser().absolute() if config.resume_from else make_directory(config)
@@ -320,7 +320,7 @@ def start_wandb(config: RunConfig, directory: Path, wandb_id: str) -> wandb.Run:
     """Start a W&B run, offline without credentials or network. `wandb_id` is that of a resumed run, otherwise ""."""
     import wandb
 
-    # Flower reads this process's output, so W&B must leave it alone. Without a timeout, `finish` may wait for ever.
+    # Flower reads this process's output, so W&B must leave it alone. Without a timeout, `finish` may block forever.
     settings = wandb.Settings(init_timeout=20, finish_timeout=60, console="off", silent=True)
     init = partial(wandb.init, project=config.wandb_project, dir=directory, config=config.model_dump(by_alias=True))
     init = partial(init, id=wandb_id or None, resume="allow", tags=["flower", "low-level-api"], settings=settings)

@@ -289,6 +289,15 @@ def test_a_node_with_an_unknown_class_names_both(tmp_path, message_type):
 
 
 @pytest.mark.parametrize("message_type", [MessageType.TRAIN, MessageType.EVALUATE])
+def test_a_message_without_a_model_is_not_said_to_have_another_one(settings, message_type):
+    content = instructions(task.Net(1, 10), server_round=1, lr=0.1)
+    content["weights"] = content.pop("arrays")
+    reason = ask(settings, message_type, content).error.reason
+    assert reason.startswith("KeyError: 'arrays' (")
+    assert "does not fit" not in reason
+
+
+@pytest.mark.parametrize("message_type", [MessageType.TRAIN, MessageType.EVALUATE])
 def test_a_node_with_other_channels_names_both(tmp_path, message_type):
     path = own_data(tmp_path, CLASSES, [0, 1] * 5, channels=3)
     content = instructions(task.Net(1, 3), server_round=1, lr=0.1, class_names=CLASSES)

@@ -1,10 +1,12 @@
 """Deadlines, order, late replies and faults, on a Grid whose replies come when the test says so; reading replies."""
 
 import math
+import re
 import time
 import tracemalloc
 import weakref
 from collections import deque
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -226,6 +228,49 @@ def test_looks_grow_rarer_in_a_long_phase(monkeypatch):
     assert now - start == pytest.approx(600, abs=1e-3)  # the last pause ends at the deadline
 
 
+@pytest.mark.parametrize(("took", "pause", "timeout"), [(0.5, 0.5, 50), (20, messaging.PROGRESS_EVERY, 500)])
+def test_slow_looks_take_half_of_the_time(monkeypatch, took, pause, timeout):
+    """On a clock that only looks and pauses move."""
+    now = time.time()
+    pauses = []
+
+    def sleep(seconds):
+        nonlocal now
+        pauses.append(seconds)
+        now += seconds
+
+    class SlowGrid(InProcessGrid):
+        def pull_messages(self, message_ids):
+            nonlocal now
+            now += took
+            return super().pull_messages(message_ids)
+
+    monkeypatch.setattr(messaging, "time", SimpleNamespace(time=lambda: now, sleep=sleep))
+    mailbox = Mailbox(SlowGrid(lambda message, context: None, run_config(), NODES))
+    assert collect(mailbox, send(mailbox, timeout)) == []
+    assert pauses[:-2] == [pytest.approx(pause, abs=1e-6)] * len(pauses[:-2])
+    assert pauses[:-2]
+    assert min(pauses) >= 0
+
+
+def test_a_long_phase_logs_its_progress_until_the_deadline(monkeypatch, caplog):
+    """On a clock that only sleeping moves."""
+    caplog.set_level("INFO", logger="flwr")
+    now = start = time.time()
+
+    def sleep(seconds):
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr(messaging, "time", SimpleNamespace(time=lambda: now, sleep=sleep))
+    mailbox = Mailbox(InProcessGrid(lambda message, context: None, run_config(), NODES))
+    assert collect(mailbox, send(mailbox, 86_400)) == []
+    said = [re.fullmatch(r"\.\.\. 0/4 \(query\), (\d+) s to the deadline", r.message) for r in caplog.records]
+    left = [86_400, *(int(found[1]) for found in said)]
+    assert max(a - b for a, b in pairwise(left)) <= 22
+    assert now - start == pytest.approx(86_400, abs=1)
+
+
 def test_late_replies_are_fetched_and_dropped_later():
     grid = TimedGrid([0.4, 0, 0, 0])
     mailbox = Mailbox(grid)
@@ -247,6 +292,7 @@ def test_late_replies_are_fetched_and_dropped_later():
 def test_late_replies_are_looked_for_only_while_there_is_room(room, looked_for):
     grid = TimedGrid([NEVER] * 30)
     mailbox = Mailbox(grid)
+    assert mailbox.late.maxlen == 10_000
     mailbox.late = deque(maxlen=room)
     first = send(mailbox, 0.05)
     first_ids = set(first.pending)
@@ -479,6 +525,29 @@ def test_a_late_reply_that_cannot_be_decoded_costs_nobody_else_a_reply():
     time.sleep(0.3)
     grid.delays = [0.0] * 4
     assert collect(mailbox, send(mailbox, 5)) == [0, 1, 3]
+
+
+def test_in_a_simulation_an_error_of_flower_ends_the_run():
+    """There, all nodes run this code, and the other replies of the request may be lost, too."""
+    grid = Undecodable([0.0] * NODES)
+    grid.simulated = True
+    mailbox = Mailbox(grid)
+    with pytest.raises(ValueError, match="Error parsing message"):
+        collect(mailbox, send(mailbox, 5))
+
+
+def test_over_a_network_a_look_asks_for_one_late_reply():
+    grid = TimedGrid([NEVER] * NODES)
+    grid.simulated = False
+    mailbox = Mailbox(grid)
+    late = send(mailbox, 0.05)
+    late_ids = set(late.pending)
+    assert collect(mailbox, late) == []
+    grid.delays = [0.0] * NODES
+    grid.looks.clear()
+    assert len(collect(mailbox, send(mailbox, 5))) == NODES
+    assert sum(look[0] in late_ids for look in grid.looks) == 1
+    assert len(grid.looks) == NODES + 1
 
 
 @pytest.mark.parametrize(("simulated", "requests"), [(True, [4]), (False, [1, 1, 1, 1])])

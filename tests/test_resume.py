@@ -250,6 +250,16 @@ def test_other_labels_are_other_data(app, monkeypatch):
         app.run(num_server_rounds=2, resume_from=str(directory))
 
 
+def test_class_names_in_another_order_are_refused(app, monkeypatch):
+    """The nodes would number their labels in the new order, and the test split has the numbers of the old one."""
+    directory = app.run(num_server_rounds=1)
+    data = load_test_split_once(app.defaults["dataset"])
+    other = task.Split(data.images, data.labels, data.class_names[::-1])
+    monkeypatch.setattr(task, "load_test_split", lambda dataset: other)
+    with pytest.raises(UserError, match="- class-names: "):
+        app.run(num_server_rounds=2, resume_from=str(directory))
+
+
 def test_what_cannot_be_resumed_is_one_clear_error(app, tmp_path):
     with pytest.raises(UserError, match="is not the directory of a run"):
         app.run(resume_from=str(tmp_path / "nothing"))

@@ -1,5 +1,6 @@
 """Schedules, random streams, files that are replaced whole, the run directory and its lock."""
 
+import errno
 import itertools
 import json
 import os
@@ -341,6 +342,22 @@ def test_a_lock_is_released_when_a_run_ends_or_fails(tmp_path):
             with pytest.raises(UserError, match=r"in use by run 7\. To stop it: flwr stop 7$"), utils.lock(tmp_path):
                 pass
             raise KeyError
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="other system calls")
+def test_a_file_system_without_flock_gets_no_soft_lock(tmp_path, monkeypatch, caplog):
+    """A soft lock is a file, which a killed process leaves behind."""
+    import fcntl
+
+    def flock(descriptor, operation):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    (tmp_path / "checkpoints").mkdir()
+    for _ in range(2):
+        with utils.lock(tmp_path):
+            pass
+    assert [record.message.split(" (")[0] for record in caplog.records] == ["This file system has no locks"] * 2
 
 
 @pytest.mark.parametrize("error", [NotImplementedError("flock"), OSError(37, "No locks available")])
