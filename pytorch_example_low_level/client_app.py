@@ -106,7 +106,7 @@ def deadline(msg: Message) -> float:
 
 def received_model(msg: Message, data: task.Split, config: RunConfig) -> nn.Module:
     """Return the server's model. Raises UserError when it does not fit this node's images."""
-    # The seed, because a model may have random buffers that are not in its state_dict.
+    # Seeded, because a model may have random buffers that are not in its state_dict.
     in_channels, num_classes = data.images.shape[1], len(data.class_names)
     net = task.initial_model(in_channels, num_classes, config.seed)
     state_dict = msg.content.array_records["arrays"].to_torch_state_dict()

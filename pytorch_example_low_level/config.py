@@ -118,7 +118,7 @@ class RunConfig(BaseModel):
                 f"  - {fault['loc'][0]}: {fault['msg']}" + f"; it is {fault['input']!r}" * (fault["type"] != "missing")
                 for fault in error.errors()
             ]
-            # The file shows when another copy of the app runs.
+            # The path shows whether another copy of the app is running.
             raise UserError("\n".join([f"Wrong run configuration (checked in {__file__}):", *faults])) from error
 
 
@@ -129,7 +129,7 @@ Purpose = IntEnum("Purpose", ["WEIGHTS", "COHORT", "TRAIN", "QUERY", "ASKED", "S
 def random_stream(seed: int, purpose: Purpose, server_round: int = 0, partition: int = 0) -> np.random.Generator:
     """Return the random generator of (seed, purpose, round, partition).
 
-    No random number comes from a global generator, so the results do not depend on which process
-    does the work, or when. https://numpy.org/doc/stable/reference/random/parallel.html
+    No random number depends on the earlier state of a global generator, so the results do not depend on
+    which process does the work, or when. https://numpy.org/doc/stable/reference/random/parallel.html
     """
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(purpose, server_round, partition)))

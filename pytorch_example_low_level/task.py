@@ -65,7 +65,7 @@ class Net(nn.Module):
         # After the pooling, normalisation and ReLU process a quarter of the values.
         x = F.relu(self.norm1(F.max_pool2d(self.conv1(x), 2)))
         x = F.relu(self.norm2(F.max_pool2d(self.conv2(x), 2)))
-        x = F.avg_pool2d(x, x.shape[-1] - 3, stride=1)  # 4x4, also where it is 5x5, as from 32x32 images
+        x = F.avg_pool2d(x, x.shape[-1] - 3, stride=1)  # always to 4x4; it is 5x5 here for 32x32 images
         x = F.relu(self.fc1(x.flatten(1)))
         logits: Tensor = self.fc2(x)
         return logits
@@ -327,7 +327,7 @@ def train(
 
 @torch.no_grad()
 def test(net: nn.Module, data: Split, device: torch.device, batch_size: int = 500) -> tuple[float, float, PerClass]:
-    """Return mean loss, accuracy and accuracy of each class, for any batch size. Raises UserError without images."""
+    """Return mean loss, accuracy and accuracy of each class. Raises UserError if there are no images."""
     if not len(data):
         raise UserError("the split to evaluate on is empty")
     was_training = net.training

@@ -53,7 +53,7 @@ def log_environment() -> None:
 
 
 def learning_rate(config: RunConfig, server_round: int) -> float:
-    """Return the learning rate of a round (from 1): a step decay. It depends on no state, so nothing is resumed."""
+    """Return the learning rate of a round (from 1): a step decay. It has no state that a resumed run must restore."""
     decays = (server_round - 1) // config.lr_decay_every if config.lr_decay_every else 0
     return config.learning_rate * config.lr_decay_factor**decays
 
@@ -182,7 +182,7 @@ def make_directory(config: RunConfig) -> Path:
 
 
 def lock(directory: Path) -> AbstractContextManager[object]:
-    """Lock the directory until the context ends, or the process. Raises UserError when another run has the lock."""
+    """Lock the directory until the context or the process ends. Raises UserError when another run has the lock."""
     try:
         return FileLock(directory / ".lock", fallback_to_soft=False).acquire(timeout=0)
     except Timeout as error:
@@ -203,7 +203,7 @@ def load_state(directory: Path, identity: dict[str, Any]) -> ServerState:
     then, now = state.identity, identity
     changed = [key for key in then | now if then.get(key) != now.get(key)]
     if changed:
-        what = f"resume-from: the settings of {directory} differ. Give it the same ones again:"
+        what = f"resume-from: the run in {directory} had other settings. Use the same ones again:"
         lines = [f"  - {key}: {then.get(key, 'nothing')!r} then, {now.get(key, 'nothing')!r} now" for key in changed]
         raise UserError("\n".join([what, *lines]))
     log.info("📂 Resuming after round %s", state.server_round)
@@ -309,7 +309,7 @@ class Recorder:
 
 @contextmanager
 def optional(part: str) -> Iterator[None]:
-    """Convert any exception of a part that must not end the run to a warning."""
+    """Turn any exception in a part that must not end the run into a warning."""
     try:
         yield
     except Exception as error:
@@ -317,7 +317,7 @@ def optional(part: str) -> Iterator[None]:
 
 
 def start_wandb(config: RunConfig, directory: Path, wandb_id: str) -> wandb.Run:
-    """Start a W&B run, offline without credentials or network. `wandb_id` is that of a resumed run, otherwise ""."""
+    """Start a W&B run, offline if it cannot go online. `wandb_id` is that of a resumed run, otherwise ""."""
     import wandb
 
     # Flower reads this process's output, so W&B must leave it alone. Without a timeout, `finish` may block forever.
@@ -326,7 +326,7 @@ def start_wandb(config: RunConfig, directory: Path, wandb_id: str) -> wandb.Run:
     init = partial(init, id=wandb_id or None, resume="allow", tags=["flower", "low-level-api"], settings=settings)
     try:
         run = init()
-    except Exception as error:  # W&B raises many classes, for a missing account, network or process
+    except Exception as error:  # W&B raises many kinds of exceptions: no account, network or process
         log.info("📈 W&B cannot go online: %s", one_line(error))
         wandb.teardown()  # the failed attempt may still hold the id of a resumed run
         run = init(mode="offline")

@@ -201,7 +201,7 @@ def test_a_changed_setting_is_refused_with_what_it_was(app, key, value):
     with pytest.raises(UserError) as error:
         app.run(num_server_rounds=2, resume_from=str(directory), **{key: value})
     hint, difference = str(error.value).splitlines()
-    assert hint == f"resume-from: the settings of {directory} differ. Give it the same ones again:"
+    assert hint == f"resume-from: the run in {directory} had other settings. Use the same ones again:"
     assert difference == f"  - {key.replace('_', '-')}: {then!r} then, {value!r} now"
     assert {p: p.read_bytes() for p in directory.rglob("*") if p.is_file()} == before
 
