@@ -134,7 +134,7 @@ class Mailbox:
                 now = time.time()
                 left = max(0.0, batch.deadline - now)
                 if message_id in batch.pending:
-                    # Longer pauses in a long phase, 1 % of the time since it began, so that waiting costs little.
+                    # In a long phase, a pause is 1 % of the time since it began, so that waiting costs little.
                     time.sleep(min(max(PAUSE, now - began, (batch.timeout - left) / 100), PROGRESS_EVERY, left))
                 if now >= log_at:
                     log_at, done = now + PROGRESS_EVERY, batch.sent - len(batch.pending)

@@ -326,7 +326,7 @@ def start_wandb(config: RunConfig, directory: Path, wandb_id: str) -> wandb.Run:
     init = partial(init, id=wandb_id or None, resume="allow", tags=["flower", "low-level-api"], settings=settings)
     try:
         run = init()
-    except Exception as error:  # W&B raises many kinds of exceptions: no account, network or process
+    except Exception as error:  # of many classes: for a missing account, network or process
         log.info("📈 W&B cannot go online: %s", one_line(error))
         wandb.teardown()  # the failed attempt may still hold the id of a resumed run
         run = init(mode="offline")

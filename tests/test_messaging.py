@@ -7,11 +7,10 @@ import tracemalloc
 import weakref
 from collections import deque
 from itertools import pairwise
-from types import SimpleNamespace
 
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MessageType, MetricRecord, RecordDict
 
 from pytorch_example_low_level import client_app, messaging
 from pytorch_example_low_level.messaging import (
@@ -198,57 +197,66 @@ def test_replies_beyond_the_window_stay_at_the_superlink():
 
 
 def test_a_look_asks_for_a_bounded_number_of_ids():
-    grid = TimedGrid([0.0] * 500 + [1.2] * 500)
+    grid = TimedGrid([0.0] * 500 + [0.9] * 500)
     mailbox = Mailbox(grid)
-    assert collect(mailbox, send(mailbox, 1)) == list(range(500))
+    assert collect(mailbox, send(mailbox, 0.7)) == list(range(500))
     assert max(map(len, grid.looks)) == MAX_LOOK
-    assert len(grid.looks) < 130  # 8 for the prompt, 8 for the late, and 100 while waiting
+    assert len(grid.looks) < 100  # 8 for the prompt, 8 for the late, and 70 while waiting
     grid.looks.clear()
     grid.delays = [0.0] * 1000
     assert len(collect(mailbox, send(mailbox, 60))) == 1000  # with the late ones of the phase before
     assert max(map(len, grid.looks)) == MAX_LOOK
 
 
-def test_looks_grow_rarer_in_a_long_phase(monkeypatch):
-    """On a clock that only sleeping moves: after 0.01 s, and from 1 s on after 1 % of the time since the sending."""
-    now = start = time.time()
-    pauses = []
+class Clock:
+    """A clock that only sleeping moves; `pauses` has each sleep, with the time before it."""
 
-    def sleep(seconds):
-        nonlocal now
-        pauses.append((now - start, seconds))
-        now += seconds
+    def __init__(self) -> None:
+        self.start = self.now = time.time()
+        self.pauses: list[tuple[float, float]] = []
 
-    monkeypatch.setattr(messaging, "time", SimpleNamespace(time=lambda: now, sleep=sleep))
-    mailbox = Mailbox(InProcessGrid(lambda message, context: None, run_config(), NODES))
+    def time(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.pauses.append((self.now - self.start, seconds))
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(messaging, "time", clock)
+    return clock
+
+
+def silent(message: Message, context: Context) -> None:
+    """The handler of a node that never replies."""
+
+
+def test_looks_grow_rarer_in_a_long_phase(clock):
+    """After 0.01 s, and from 1 s on after 1 % of the time since the sending."""
+    mailbox = Mailbox(InProcessGrid(silent, run_config(), NODES))
     assert collect(mailbox, send(mailbox, 600)) == []
-    assert [pause for at, pause in pauses[:90]] == [pytest.approx(0.01, abs=1e-6)] * 90
-    assert all(pause == pytest.approx(0.01 * at, rel=1e-3) for at, pause in pauses[-20:-1])
-    assert len(pauses) < 1000
-    assert now - start == pytest.approx(600, abs=1e-3)  # the last pause ends at the deadline
+    assert [pause for at, pause in clock.pauses[:90]] == [pytest.approx(0.01, abs=1e-6)] * 90
+    assert all(pause == pytest.approx(0.01 * at, rel=1e-3) for at, pause in clock.pauses[-20:-1])
+    assert len(clock.pauses) < 1000
+    assert clock.now - clock.start == pytest.approx(600, abs=1e-3)  # the last pause ends at the deadline
 
 
 @pytest.mark.parametrize(("took", "pause", "timeout"), [(0.5, 0.5, 50), (20, messaging.PROGRESS_EVERY, 490)])
-def test_slow_looks_take_half_of_the_time(monkeypatch, caplog, took, pause, timeout):
-    """On a clock that only looks and pauses move. The last but one look at 490 s ends after the deadline."""
+def test_slow_looks_take_half_of_the_time(clock, caplog, took, pause, timeout):
+    """With 490 s, the last look but one ends after the deadline."""
     caplog.set_level("INFO", logger="flwr")
-    now = time.time()
-    pauses = []
-
-    def sleep(seconds):
-        nonlocal now
-        pauses.append(seconds)
-        now += seconds
 
     class SlowGrid(InProcessGrid):
         def pull_messages(self, message_ids):
-            nonlocal now
-            now += took
+            clock.now += took
             return super().pull_messages(message_ids)
 
-    monkeypatch.setattr(messaging, "time", SimpleNamespace(time=lambda: now, sleep=sleep))
-    mailbox = Mailbox(SlowGrid(lambda message, context: None, run_config(), NODES))
+    mailbox = Mailbox(SlowGrid(silent, run_config(), NODES))
     assert collect(mailbox, send(mailbox, timeout)) == []
+    pauses = [pause for _, pause in clock.pauses]
     assert pauses[:-2] == [pytest.approx(pause, abs=1e-6)] * len(pauses[:-2])
     assert pauses[:-2]
     assert min(pauses) >= 0
@@ -256,22 +264,14 @@ def test_slow_looks_take_half_of_the_time(monkeypatch, caplog, took, pause, time
     assert not any(", -" in record.message for record in caplog.records)
 
 
-def test_a_long_phase_logs_its_progress_until_the_deadline(monkeypatch, caplog):
-    """On a clock that only sleeping moves."""
+def test_a_long_phase_logs_its_progress_until_the_deadline(clock, caplog):
     caplog.set_level("INFO", logger="flwr")
-    now = start = time.time()
-
-    def sleep(seconds):
-        nonlocal now
-        now += seconds
-
-    monkeypatch.setattr(messaging, "time", SimpleNamespace(time=lambda: now, sleep=sleep))
-    mailbox = Mailbox(InProcessGrid(lambda message, context: None, run_config(), NODES))
+    mailbox = Mailbox(InProcessGrid(silent, run_config(), NODES))
     assert collect(mailbox, send(mailbox, 86_400)) == []
     said = [re.fullmatch(r"\.\.\. 0/4 \(query\), (\d+) s to the deadline", r.message) for r in caplog.records]
     left = [86_400, *(int(found[1]) for found in said)]
     assert max(a - b for a, b in pairwise(left)) <= 22
-    assert now - start == pytest.approx(86_400, abs=1)
+    assert clock.now - clock.start == pytest.approx(86_400, abs=1)
 
 
 def test_late_replies_are_fetched_and_dropped_later():
