@@ -104,7 +104,7 @@ def check_finished(directory, whole: Whole) -> None:
 
 
 def test_a_crash_at_any_write_loses_only_the_round_in_flight(app, monkeypatch, whole):
-    assert len({model["fc2.bias"].sum().item() for model in whole.models.values()}) == 4  # each round has its model
+    assert len({model["fc2.bias"][0].item() for model in whole.models.values()}) == 4  # each round has its model
     lost = []
     for write in itertools.count(1):
         if not crash_at(monkeypatch, app, write):
