@@ -613,8 +613,9 @@ def test_a_second_reply_of_a_node_is_ignored():
 
 # --------------------------------------------------------------------------------- Arrays
 
+GENERATOR = torch.Generator().manual_seed(0)  # each worker of pytest-xdist must see the same data
 MODEL = {
-    "float": torch.randn(3, 4),
+    "float": torch.randn(3, 4, generator=GENERATOR),
     "double": torch.tensor([1.0, 1e37, -1e37], dtype=torch.float64),
     "half": torch.tensor([65504.0], dtype=torch.float16),
     "brain": torch.tensor([1e37, 3.14159], dtype=torch.bfloat16),
@@ -625,8 +626,8 @@ MODEL = {
     "large": torch.tensor([2**53, -(2**53)]),
     "none": torch.zeros(0, 3),
     "scalar": torch.tensor(0.5, dtype=torch.float64),
-    "transposed": torch.randn(5, 2).t(),
-    "channels last": torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last),
+    "transposed": torch.randn(5, 2, generator=GENERATOR).t(),
+    "channels last": torch.randn(2, 3, 4, 4, generator=GENERATOR).to(memory_format=torch.channels_last),
 }
 SENT = to_array_record(MODEL)
 
@@ -725,18 +726,18 @@ def test_a_false_header_is_compared_and_never_interpreted(header, padded):
         read_arrays(reply(float=array), SENT)
 
 
-@pytest.mark.parametrize(
-    "data",
-    [
-        b"",
-        b"\x80\x04cos\nsystem\n.",
-        HONEST[:-1],
-        HONEST + b"\0",
-        HONEST[:128],
-        b"\0" * len(HONEST),
-        HONEST[1:] + b"\0",
-    ],
-)
+OTHER_DATA = {
+    "nothing": b"",
+    "a pickle": b"\x80\x04cos\nsystem\n.",
+    "a byte less": HONEST[:-1],
+    "a byte more": HONEST + b"\0",
+    "the header alone": HONEST[:128],
+    "zeros": b"\0" * len(HONEST),
+    "shifted by a byte": HONEST[1:] + b"\0",
+}
+
+
+@pytest.mark.parametrize("data", OTHER_DATA.values(), ids=OTHER_DATA.keys())
 def test_data_of_another_length_or_format_are_rejected(data):
     with pytest.raises(Rejected, match="in NumPy's format"):
         read_arrays(reply(float=Array("float32", (3, 4), "numpy.ndarray", data)), SENT)
