@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -125,10 +126,15 @@ def replace_json(path: Path, value: object) -> None:
 
 
 def load_model(name: str, net: nn.Module) -> None:
-    """Load the state_dict in a file into `net`. Raises UserError when it does not fit the model, or holds code."""
+    """Load the state_dict in a file into `net`. Raises UserError unless it fits, is finite and holds data only."""
     path = Path(name).expanduser().absolute()
+    fresh = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     with explained(f"initial-model: {path} is not a state_dict of this model with data only"):
         net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    # A mask of -inf is part of the model: it is also in the one that was just made.
+    faulty = [name for name, t in net.state_dict().items() if not (t.isfinite() | (t == fresh[name])).all()]
+    if faulty:
+        raise UserError(f"initial-model: {path} has numbers that are not finite, in {faulty}")
     log.info("Starting from the model %s", path)
 
 
@@ -330,8 +336,8 @@ def start_wandb(config: RunConfig, directory: Path, wandb_id: str) -> wandb.Run:
         log.info("📈 W&B cannot go online: %s", one_line(error))
         wandb.teardown()  # the failed attempt may still hold the id of a resumed run
         run = init(mode="offline")
-    sync = f"offline. To upload this run later: wandb sync {Path(run.dir).parent}"
-    log.info("📈 W&B is %s", sync if run.offline else f"online: {run.url}")
+    sync = f"offline. To upload this run later: wandb sync {shlex.quote(str(Path(run.dir).parent))}"
+    log.info("📈 W&B is %s", "disabled." if run.disabled else sync if run.offline else f"online: {run.url}")
     return run
 
 

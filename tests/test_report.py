@@ -1,12 +1,15 @@
 """The plot of a run and its run on W&B."""
 
 import io
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from pytorch_example_low_level import server_app, utils
+from pytorch_example_low_level.config import RunConfig
 from tests.conftest import results
+from tests.grid import make_context
 from tests.test_utils import recorder
 from tests.wandb_files import expected_history, history_of, own, records_of, wandb_folder
 
@@ -156,6 +159,34 @@ def test_wandb_gets_each_round_that_it_lacks_once(tmp_path):
     one.wandb_run = run
     one.start()
     assert logged == [(2, 2, True), (3, 3, True)]
+
+
+@pytest.mark.parametrize(
+    ("folder", "said"),
+    [
+        ("/plain/wandb", "W&B is offline. To upload this run later: wandb sync /plain/wandb"),
+        ("/with space/wandb", "W&B is offline. To upload this run later: wandb sync '/with space/wandb'"),
+    ],
+)
+def test_the_command_that_uploads_a_run_can_be_pasted(app, monkeypatch, caplog, folder, said):
+    import wandb
+
+    caplog.set_level("INFO", logger="flwr")
+    run = SimpleNamespace(dir=f"{folder}/files", disabled=False, offline=True)
+    monkeypatch.setattr(wandb, "init", lambda **kwargs: run)
+    utils.start_wandb(RunConfig.from_context(make_context(app.config())), Path(folder), "")
+    assert caplog.messages == [f"📈 {said}"]
+
+
+def test_a_disabled_wandb_is_called_disabled(app, quick_plot, monkeypatch, caplog):
+    caplog.set_level("INFO", logger="flwr")
+    import wandb
+
+    wandb.teardown()  # W&B reads its environment once a process
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    app.run(use_wandb=True, num_server_rounds=1)
+    wandb.teardown()
+    assert [message for message in caplog.messages if "W&B" in message] == ["📈 W&B is disabled."]
 
 
 def test_no_credentials_or_network_means_offline(app, quick_plot, monkeypatch, caplog):

@@ -403,6 +403,8 @@ def test_a_run_starts_from_the_model_that_it_is_given(app, quick_plot, tmp_path,
         (7, "is not a state_dict of this model"),
         (b"no zip", "is not a state_dict of this model with data only: .+"),
         (None, "is not a state_dict of this model with data only: .*No such file"),
+        (nn.Linear(3, 2).state_dict() | {"bias": torch.tensor([0.0, torch.nan])}, r"not finite, in \['bias'\]"),
+        (nn.Linear(3, 2).state_dict() | {"weight": torch.full((2, 3), -torch.inf)}, r"not finite, in \['weight'\]"),
     ],
 )
 def test_what_is_no_model_of_this_kind_is_one_clear_error(tmp_path, content, reason):
@@ -415,6 +417,16 @@ def test_what_is_no_model_of_this_kind_is_one_clear_error(tmp_path, content, rea
         utils.load_model(str(path), nn.Linear(3, 2))
     assert str(path) in str(error.value)
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_mask_of_minus_infinity_belongs_to_the_model(tmp_path):
+    net = nn.Linear(3, 2)
+    net.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+    torch.save(net.state_dict(), tmp_path / "model.pt")
+    utils.load_model(str(tmp_path / "model.pt"), net)
+    torch.save(net.state_dict() | {"mask": torch.tensor([0.0, torch.inf])}, tmp_path / "model.pt")
+    with pytest.raises(UserError, match=r"not finite, in \['mask'\]"):
+        utils.load_model(str(tmp_path / "model.pt"), net)
 
 
 def test_a_wrong_first_model_ends_the_run_before_it_begins(app, tmp_path):
