@@ -50,6 +50,7 @@ def train(msg: Message, context: Context) -> Message:
     stream = random_stream(config.seed, Purpose.TRAIN, int(number(msg, "server-round")), partition_of(context))
     seed = int(stream.integers(2**63))
     torch.set_num_threads(1)  # the number of threads changes the last bits of a sum
+    task.make_gpu_repeatable()
 
     device = task.pick_device()
     train_loss = task.train(net, data, config, lr=number(msg, "lr"), seed=seed, device=device, deadline=deadline(msg))
@@ -66,6 +67,7 @@ def evaluate(msg: Message, context: Context) -> Message:
     data = local_split("validation", msg, config, context)
     net = received_model(msg, data, config)
     torch.set_num_threads(1)
+    task.make_gpu_repeatable()
 
     loss, accuracy, _ = task.test(net, data, task.pick_device())
 

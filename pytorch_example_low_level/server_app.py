@@ -34,6 +34,7 @@ def main(grid: Grid, context: Context) -> None:
     config = RunConfig.from_context(context)
     utils.log_environment()
     device = task.pick_device(config.server_device)
+    task.make_gpu_repeatable()
     test_data = task.load_test_split(config.dataset)
     net = task.initial_model(test_data.images.shape[1], len(test_data.class_names), config.seed)
     if config.initial_model and not config.resume_from:

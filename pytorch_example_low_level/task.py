@@ -62,6 +62,9 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map float images (N, in_channels, H, W), 28x28 or 32x32, to logits (N, num_classes)."""
+        # This memory format makes convolutions on a CPU about twice as fast. With one channel, `contiguous` would
+        # return `x` unchanged. https://docs.pytorch.org/tutorials/intermediate/memory_format_tutorial.html
+        x = x.clone(memory_format=torch.channels_last)
         # After the pooling, normalisation and ReLU process a quarter of the values.
         x = F.relu(self.norm1(F.max_pool2d(self.conv1(x), 2)))
         x = F.relu(self.norm2(F.max_pool2d(self.conv2(x), 2)))
@@ -81,6 +84,15 @@ def initial_model(in_channels: int, num_classes: int, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(random_stream(seed, Purpose.WEIGHTS).integers(2**63)))
         return make_model(in_channels, num_classes)
+
+
+def make_gpu_repeatable() -> None:
+    """Let cuDNN choose only deterministic kernels, and compute in float32.
+
+    Without it, two runs with one seed differ. https://docs.pytorch.org/docs/stable/notes/randomness.html
+    """
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -347,10 +359,9 @@ def test(net: nn.Module, data: Split, device: torch.device, batch_size: int = 50
 def normalise(images: Tensor) -> Tensor:
     """Convert uint8 images (N, C, H, W) to floats, and normalise each image to mean 0 and variance 1.
 
-    No node knows the mean of the whole data set. The memory format channels_last makes convolutions on
-    a CPU about twice as fast: https://docs.pytorch.org/tutorials/intermediate/memory_format_tutorial.html
+    No node knows the mean of the whole data set. The result is contiguous, so that a model may use `view`.
     """
-    floats = images.to(torch.float32, memory_format=torch.channels_last)
+    floats = images.to(torch.float32, memory_format=torch.contiguous_format)
     floats.sub_(floats.mean((1, 2, 3), keepdim=True))
     variance = floats.square().mean((1, 2, 3), keepdim=True)  # twice as fast as torch.var
     return floats.mul_(torch.rsqrt(variance + 1))  # + 1: one grey level, to avoid division by 0

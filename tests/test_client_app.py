@@ -105,11 +105,15 @@ def test_evaluate_takes_the_validation_split(settings, tiny_dataset):
 
 
 @pytest.mark.parametrize("message_type", [MessageType.TRAIN, MessageType.EVALUATE])
-def test_a_node_works_in_one_thread(settings, message_type):
+def test_a_node_works_in_one_thread_and_repeatably_on_a_gpu(settings, message_type, monkeypatch):
     torch.set_num_threads(2)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     try:
         ask(settings, message_type, instructions(task.Net(1, 10), server_round=1, lr=0.1))
         assert torch.get_num_threads() == 1
+        assert torch.backends.cudnn.deterministic
+        assert not torch.backends.cudnn.allow_tf32
     finally:
         torch.set_num_threads(1)
 

@@ -338,7 +338,25 @@ def test_normalise_gives_each_image_mean_0_and_variance_1():
     one = 100 / math.sqrt(100**2 + 1)  # half the pixels 100 below the mean, half above
     assert task.normalise(images).flatten(1).tolist() == [pytest.approx([-one, -one, one, one]), [0, 0, 0, 0]]
     assert images[0].tolist() == [[[0, 0], [200, 200]]]
-    assert task.normalise(split(3, channels=3, size=32).images).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_model_may_use_view():
+    """The layers of the network in Flower's PyTorch tutorial, which flattens with `view`."""
+
+    class Viewing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv1, self.conv2, self.pool = nn.Conv2d(3, 6, 5), nn.Conv2d(6, 16, 5), nn.MaxPool2d(2, 2)
+            self.fc1, self.fc2, self.fc3 = nn.Linear(16 * 5 * 5, 120), nn.Linear(120, 84), nn.Linear(84, 10)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.pool(F.relu(self.conv1(x)))
+            x = self.pool(F.relu(self.conv2(x))).view(-1, 16 * 5 * 5)
+            return self.fc3(F.relu(self.fc2(F.relu(self.fc1(x)))))
+
+    net, data = Viewing(), split(10, channels=3, size=32)
+    assert train(net, data) > 0
+    assert task.test(net, data, CPU)[0] > 0
 
 
 def test_augmentation_shifts_and_mirrors_whole_images():
