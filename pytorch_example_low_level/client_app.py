@@ -16,7 +16,17 @@ from flwr.clientapp import ClientApp
 from torch import nn
 
 from pytorch_example_low_level import task
-from pytorch_example_low_level.config import Purpose, RunConfig, UserError, explained, log, one_line, random_stream
+from pytorch_example_low_level.config import (
+    CODE,
+    Purpose,
+    RunConfig,
+    UserError,
+    check_code,
+    explained,
+    log,
+    one_line,
+    random_stream,
+)
 from pytorch_example_low_level.messaging import to_array_record
 
 
@@ -44,6 +54,7 @@ app = ClientApp(mods=[report_errors])
 @app.train()
 def train(msg: Message, context: Context) -> Message:
     """Train the received model on this node's training split; return it with "num-examples", its weight in FedAvg."""
+    check_code(msg.content.config_records["config"].get("app", CODE))  # other ServerApps do not say theirs
     config = RunConfig.from_context(context)
     data = local_split("train", msg, config, context)
     net = received_model(msg, data, config)
@@ -63,6 +74,7 @@ def train(msg: Message, context: Context) -> Message:
 @app.evaluate()
 def evaluate(msg: Message, context: Context) -> Message:
     """Evaluate the received model on this node's validation split."""
+    check_code(msg.content.config_records["config"].get("app", CODE))
     config = RunConfig.from_context(context)
     data = local_split("validation", msg, config, context)
     net = received_model(msg, data, config)
@@ -118,17 +130,10 @@ def received_model(msg: Message, data: task.Split, config: RunConfig) -> nn.Modu
 
 
 def local_split(part: str, msg: Message, config: RunConfig, context: Context) -> task.Split:
-    """Load this node's "train" or "validation" split, from its own folder if it has one; not after the deadline."""
+    """Load this node's "train" or "validation" split; not after the deadline."""
     if time.time() > deadline(msg):  # useless work would delay other messages
         raise TimeoutError("the deadline passed before the message was handled")
-    node, partition = context.node_config, partition_of(context)
-    if "data-path" in node:
-        splits = task.load_folder(str(node["data-path"]), partition, config.seed)
-    elif "partition-id" in node and "num-partitions" in node:
-        how = (config.dataset, config.partitioner, config.dirichlet_alpha, config.seed)
-        splits = task.load_partition(partition, int(node["num-partitions"]), *how)
-    else:
-        raise UserError("a node needs --node-config 'data-path=\"…\"' or 'partition-id=… num-partitions=…'")
+    splits = task.load_node(context.node_config, partition_of(context), config)
     names = msg.content.config_records["config"].get("class-names")  # other ServerApps do not send them
     return splits[part].numbered_as([str(name) for name in names]) if isinstance(names, list) else splits[part]
 

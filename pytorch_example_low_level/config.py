@@ -4,10 +4,12 @@
 them. Every value is checked here before anything is sent or written.
 """
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import IntEnum
 from logging import getLogger
+from pathlib import Path
 from typing import Annotated, Literal, Self
 
 import numpy as np
@@ -33,6 +35,33 @@ def explained(what: str, allowed: str = "") -> Iterator[None]:
         yield
     except Exception as error:
         raise UserError(f"{what}: {one_line(error)}{allowed}") from error
+
+
+def source_digest(folder: Path) -> str:
+    """Return a digest of the Python files in a folder, which does not depend on how their lines end."""
+    files = sorted(path for path in folder.glob("*.py") if not path.name.startswith("."))  # editors' files are hidden
+    return hashlib.sha256(repr([(path.name, path.read_text(encoding="utf-8")) for path in files]).encode()).hexdigest()[
+        :16
+    ]
+
+
+# The code that this process runs, and where it is. It is computed once, when the code is imported, so a file that is
+# saved during a run does not disturb the processes that are running.
+CODE = f"{source_digest(Path(__file__).parent)} in {Path(__file__).parent}"
+
+
+def check_code(server: object) -> None:
+    """Raise UserError unless `server`, its CODE, has the digest of this process's code.
+
+    Ray imports the ClientApp by name, from the directory or the environment in which the SuperLink was started.
+    """
+    if str(server).partition(" ")[0] != CODE.partition(" ")[0]:
+        raise UserError(
+            f"this node runs other code than the server: the node {CODE}, the server {server}. In a simulation, the "
+            "SuperLink was started in another copy of the app, or its environment has another copy installed: stop it, "
+            "and give each copy its own (see 'Another project's SuperLink takes the run' in docs/troubleshooting.md). "
+            "Over a network, install the same version on both."
+        )
 
 
 Count = Annotated[int, Field(ge=1, le=1_000_000)]

@@ -24,7 +24,12 @@ Read = Callable[[RecordDict], T]  # converts a reply to a value, or raises
 MAX_EXAMPLES = 10**9  # a larger weight would dominate all other nodes
 MAX_FLOAT = 1e38  # float32 and bfloat16 represent it, and double precision sums its squares without overflow
 MAX_INTEGER = 2**53  # double precision represents every integer up to this one
-MAX_TEXT = 300  # characters of a node's text that reach the log
+MAX_TEXT = 1000  # characters of a node's text that reach the log
+BROKEN = {
+    0,
+    1,
+    2,
+}  # codes of errors of a ClientApp: reported by the app, it could not be loaded, it raised an exception
 MAX_REASONS = 5  # warnings per phase; further reasons share one
 MAX_LOOK = 64  # message ids in one look for replies; its cost grows with their number
 MAX_WAITING = 8  # models in memory that wait for their turn to be aggregated
@@ -37,15 +42,20 @@ class Node:
     """A connected node. In a simulation, its id is random, but its position in the order of registration is not."""
 
     node_id: int
-    name: str  # the name it was registered with, or "node" and its id
+    name: str  # the name it was registered with, otherwise "partition" and its number, or "node" and its id
     simulated: bool = False
 
 
 def connected_nodes(grid: Grid) -> list[Node]:
     """Return the connected nodes in the order of registration. In a simulation, that is the order of partitions."""
     nodes = sorted(grid.get_nodes(), key=lambda node: (node.registered_at, node.node_id))
-    # A simulated node sends no heartbeats, so Flower gives it a practically infinite interval.
-    return [Node(n.node_id, clean(n.name) or f"node {n.node_id}", n.heartbeat_interval > 1e9) for n in nodes]
+    connected = []
+    for place, node in enumerate(nodes):
+        # A simulated node sends no heartbeats, so Flower gives it a practically infinite interval.
+        simulated = node.heartbeat_interval > 1e9
+        unnamed = f"partition {place}" if simulated else f"node {node.node_id}"
+        connected.append(Node(node.node_id, clean(node.name) or unnamed, simulated))
+    return connected
 
 
 class Rejected(ValueError):
@@ -65,6 +75,7 @@ class Batch:
     received: int = 0  # replies that were used
     failed: int = 0  # errors, and nodes without a reply before the deadline
     rejected: int = 0  # replies that could not be used
+    broken: int = 0  # of those that failed, errors that lie in a node's data or code
     faults: dict[str, list[Node]] = field(default_factory=dict)  # reason -> nodes
 
     def leave_out(self, node: Node, reason: str) -> None:
@@ -164,6 +175,7 @@ class Mailbox:
                     batch.miss(node)
                 elif reply.has_error():
                     batch.failed += 1
+                    batch.broken += reply.error.code in BROKEN
                     batch.leave_out(node, reply.error.reason or f"error {reply.error.code}")
                 else:
                     values[message_id] = read(reply.content)

@@ -17,7 +17,7 @@ from flwr.serverapp import Grid, ServerApp
 from torch import nn
 
 from pytorch_example_low_level import messaging, task, utils
-from pytorch_example_low_level.config import Purpose, RunConfig, UserError, log, random_stream
+from pytorch_example_low_level.config import CODE, Purpose, RunConfig, UserError, log, random_stream
 from pytorch_example_low_level.messaging import Batch, Mailbox, Node
 from pytorch_example_low_level.task import StateDict
 from pytorch_example_low_level.utils import Row, open_run
@@ -61,9 +61,11 @@ def main(grid: Grid, context: Context) -> None:
             row |= {"nodes_available": len(nodes), "train_sampled": len(cohort), "seconds_nodes": stopwatch.lap()}
 
             # --- 1. TRAIN on the cohort, and 2. aggregate the models that come back
-            instructions = {"server-round": server_round, "class-names": test_data.class_names}
+            instructions = {"server-round": server_round, "app": CODE, "class-names": test_data.class_names}
             batch, state.model, train_loss = train(mailbox, cohort, state.model, instructions | {"lr": lr}, config)
             state.last_fault = batch.log_faults()
+            if server_round == 1 and batch.broken == len(cohort):
+                raise UserError(f"No node can train: {state.last_fault}")
             row |= {f"train_{k}": getattr(batch, k) for k in ("received", "failed", "rejected")}
             row |= {"train_loss": train_loss, "seconds_train": stopwatch.lap()}
 

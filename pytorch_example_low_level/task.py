@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
@@ -130,6 +130,19 @@ class Split:
             )
         labels = torch.tensor([class_names.index(name) for name in self.class_names])[self.labels]
         return Split(self.images, labels, class_names)
+
+
+def load_node(node_config: Mapping[str, object], number: int, config: RunConfig) -> dict[str, Split]:
+    """Load a node's "train" and "validation" part, from its own folder if `node_config` names one. Raises UserError.
+
+    `number` identifies the node in every run.
+    """
+    if "data-path" in node_config:
+        return load_folder(str(node_config["data-path"]), number, config.seed)
+    if "partition-id" in node_config and "num-partitions" in node_config:
+        how = (config.dataset, config.partitioner, config.dirichlet_alpha, config.seed)
+        return load_partition(number, int(str(node_config["num-partitions"])), *how)
+    raise UserError("a node needs --node-config 'data-path=\"…\"' or 'partition-id=… num-partitions=…'")
 
 
 @lru_cache(maxsize=256)

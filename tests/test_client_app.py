@@ -11,7 +11,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from torch import nn
 
 from pytorch_example_low_level import client_app, task
-from pytorch_example_low_level.config import Purpose, RunConfig, random_stream
+from pytorch_example_low_level.config import CODE, Purpose, RunConfig, random_stream
 from tests.conftest import model, results, same_bits
 from tests.grid import InProcessGrid, make_context, run_config
 
@@ -116,6 +116,17 @@ def test_a_node_works_in_one_thread_and_repeatably_on_a_gpu(settings, message_ty
         assert not torch.backends.cudnn.allow_tf32
     finally:
         torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("message_type", [MessageType.TRAIN, MessageType.EVALUATE])
+def test_a_node_that_runs_other_code_says_so(settings, message_type):
+    content = instructions(task.Net(1, 10), server_round=1, lr=0.1, app="0123456789abcdef in /another/copy")
+    reason = ask(settings, message_type, content).error.reason
+    assert reason.startswith(
+        f"this node runs other code than the server: the node {CODE}, the server 0123456789abcdef "
+    )
+    content = instructions(task.Net(1, 10), server_round=1, lr=0.1, app=CODE)
+    assert ask(settings, message_type, content).has_content()
 
 
 # ------------------------------------------------------------------------------- Deadlines

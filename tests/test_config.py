@@ -1,20 +1,26 @@
 """The run configuration: every key is checked, and all faults come in one error."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pytorch_example_low_level import config as config_module
 from pytorch_example_low_level import server_app
 from pytorch_example_low_level.config import (
+    CODE,
     OPERATIONAL,
     Purpose,
     RunConfig,
     UserError,
+    check_code,
     explained,
     one_line,
     random_stream,
+    source_digest,
 )
 from tests.grid import make_context, run_config
 
@@ -186,3 +192,33 @@ def test_random_streams_never_coincide():
 def test_a_random_stream_is_the_same_everywhere():
     """Results in the documentation depend on these bits."""
     assert random_stream(42, Purpose.TRAIN, 3, 7).integers(0, 1000, 4).tolist() == [578, 331, 506, 404]
+
+
+# ------------------------------------------------------------------------- The code that runs
+
+
+def test_the_digest_is_that_of_the_source(tmp_path):
+    (tmp_path / "a.py").write_bytes(b"x = 1\ny = 2\n")
+    (tmp_path / "b.py").write_bytes(b"")
+    before = source_digest(tmp_path)
+    assert re.fullmatch("[0-9a-f]{16}", before)
+    (tmp_path / "a.py").write_bytes(b"x = 1\r\ny = 2\r\n")  # as Git may check it out on Windows
+    (tmp_path / "notes.txt").write_text("no code")
+    (tmp_path / ".#a.py").symlink_to("nowhere")  # an editor's lock
+    assert source_digest(tmp_path) == before
+    (tmp_path / "a.py").write_bytes(b"x = 1\ny = 3\n")
+    assert source_digest(tmp_path) != before
+    (tmp_path / "a.py").write_bytes(b"x = 1\ny = 2\n")
+    (tmp_path / "b.py").rename(tmp_path / "c.py")
+    assert source_digest(tmp_path) != before
+
+
+def test_other_code_is_one_clear_error_and_the_same_code_elsewhere_is_none():
+    digest, _, place = CODE.partition(" in ")
+    assert place == str(Path(config_module.__file__).parent)
+    check_code(CODE)
+    check_code(f"{digest} in /another place")
+    with pytest.raises(
+        UserError, match=rf"other code than the server: the node {re.escape(CODE)}, the server 0 in /b\."
+    ):
+        check_code("0 in /b")

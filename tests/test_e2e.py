@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.simulation import LocalSuperLink
+from benchmarks.simulation import LocalSuperLink, copy_app
 from deploy.cli import BIN, PROJECT, FinishedRun, FlowerCli, free_port, running, start, stop
 from tests.conftest import App, model, results, same_bits, wait_for
 from tests.wandb_files import wandb_rounds
@@ -185,6 +185,22 @@ def test_late_answers_do_not_hold_up_the_evaluation(late):
         assert row["evaluate_received"] == row["opted_in"]
         assert row["seconds_evaluate"] < 6
     assert "ERROR" not in run.log
+
+
+def test_a_run_on_the_superlink_of_another_copy_does_not_train_that_copys_code(tmp_path, tiny_dataset):
+    first, second = copy_app(tmp_path / "first"), copy_app(tmp_path / "second")
+    task = second / "pytorch_example_low_level" / "task.py"
+    task.write_text(task.read_text() + "\n\nCHANGED = True\n")
+    with LocalSuperLink(first) as superlink:  # it is started in the first copy
+        run = superlink.run(app=second, **SETTINGS | ONE_WORKER | {"dataset": tiny_dataset, "nodes": 2})
+    assert run.status == "finished:failed", run.log
+    there = re.escape(str(first / "pytorch_example_low_level"))
+    said = (
+        r"No node can train: 2 nodes \(partition 0, partition 1\) \(train\): this node runs other code than the "
+        rf"server: the node [0-9a-f]{{16}} in {there}, the server [0-9a-f]{{16}} in /.*: stop it, and"
+    )
+    assert re.search(said, run.log), run.log
+    assert [row["round"] for row in run.results] == [0]
 
 
 # ------------------------------------------------------------------------------- Package

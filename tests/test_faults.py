@@ -86,6 +86,10 @@ def never(msg, context):
     return None
 
 
+def unavailable(msg, context):
+    return Message(Error(code=5, reason="node unavailable"), reply_to=msg)  # from Flower, not from the app
+
+
 def replace(state: dict, value) -> dict:
     state["fc1.bias"] = value(state["fc1.bias"])
     return state
@@ -222,7 +226,7 @@ def test_a_faulty_train_reply_is_left_out(app, caplog, without_reply, fault):
     assert first["train_failed"] + first["train_rejected"] == 1
     assert second["train_received"] == 5
     (warning,) = warnings(caplog)
-    assert re.match(r"Round 1: left out node \d+ \(train\): ", warning)
+    assert re.match(r"Round 1: left out partition 2 \(train\): ", warning)
     assert reason in warning
     assert "\n" not in warning  # a node cannot write lines of its own into the log
 
@@ -236,7 +240,7 @@ def test_a_faulty_evaluate_reply_is_left_out(app, caplog, fault):
     assert (second["evaluate_received"], second["evaluate_failed"]) == (5, 0)
     assert math.isfinite(first["federated_evaluate_loss"])
     (warning,) = warnings(caplog)
-    assert re.match(r"Round 1: left out node \d+ \(evaluate\): ", warning)
+    assert re.match(r"Round 1: left out partition 2 \(evaluate\): ", warning)
     assert reason in warning
 
 
@@ -301,7 +305,7 @@ def test_a_node_that_leaves_between_the_phases_and_one_that_joins(app, caplog):
 
 
 def test_a_round_in_which_all_are_faulty_leaves_the_model_as_it_was(app, caplog):
-    directory = run_with(app, only(MessageType.TRAIN, raises), partitions=range(5))
+    directory = run_with(app, only(MessageType.TRAIN, unavailable), partitions=range(5))
     start, first, second = results(directory)
     assert (first["train_received"], first["train_failed"], first["train_loss"]) == (0, 5, None)
     assert first["centralized_loss"] == start["centralized_loss"]
@@ -311,30 +315,47 @@ def test_a_round_in_which_all_are_faulty_leaves_the_model_as_it_was(app, caplog)
 
 def test_too_few_images_for_the_nodes_is_one_clear_error(app, caplog):
     fault = (
-        r"Nothing was learned: no round had a usable TRAIN reply\. The last fault: 6 nodes \(node .*\) \(train\): .*"
+        r"No node can train: 6 nodes \(partition .*\) \(train\): .*"
         r"120 training images are too few for 130 nodes \(5 each\)"
     )
     with pytest.raises(UserError, match=fault):
         few = {"fraction_clients_train": 0.05, "opt_in_probability": 0.1, "num_server_rounds": 1}
         app.run(app.grid(num_nodes=130), partitioner="dirichlet", **few)
-    train, evaluate = warnings(caplog)  # one a phase, however many nodes
-    assert "left out 12 nodes" in evaluate
-    assert train.endswith("...")
+    (train,) = warnings(caplog)  # one, however many nodes; the run ends with it
+    assert "left out 6 nodes" in train
 
 
 def test_the_last_fault_is_one_of_train(app):
     def handler(msg, context):
-        raise RuntimeError(f"no {msg.metadata.message_type}")
+        return Message(Error(code=5, reason=f"no {msg.metadata.message_type}"), reply_to=msg)
 
     grid = app.grid()
     grid.handlers = dict.fromkeys(range(5), handler)
-    with pytest.raises(UserError, match=r"The last fault: 5 nodes \(.*\) \(train\): RuntimeError: no train$"):
+    with pytest.raises(UserError, match=r"The last fault: 5 nodes \(.*\) \(train\): no train$"):
         app.run(grid, **OVERRIDES)
+
+
+@pytest.mark.parametrize("working", [0, 1])
+def test_a_run_ends_in_round_1_if_no_node_can_train(app, working):
+    """What lies in the data or the code of every node will not change in a later round."""
+    grid = app.grid()
+    grid.handlers = dict.fromkeys(range(working, 5), only(MessageType.TRAIN, raises))
+    if working:
+        app.run(grid, **OVERRIDES)
+        assert [row["train_received"] for row in results(app.latest())] == [None, 1, 5]
+    else:
+        said = (
+            r"^No node can train: 5 nodes \(partition 0, partition 1, partition 2, \.\.\.\) \(train\): out of memory$"
+        )
+        with pytest.raises(UserError, match=said):
+            app.run(grid, **OVERRIDES)
+        assert [row["round"] for row in results(app.latest())] == [0]
+        assert {message.metadata.message_type for message in grid.sent} == {MessageType.TRAIN}
 
 
 def test_a_run_in_which_all_are_faulty_says_that_it_learned_nothing(app):
     with pytest.raises(UserError, match="Nothing was learned"):
-        run_with(app, only(MessageType.TRAIN, raises, rounds=(1, 2)), partitions=range(5))
+        run_with(app, only(MessageType.TRAIN, unavailable, rounds=(1, 2)), partitions=range(5))
     directory = app.latest()
     assert [row["train_received"] for row in results(directory)[1:]] == [0, 0]
     assert (directory / "metrics.png").exists()

@@ -12,7 +12,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 
 from pytorch_example_low_level import client_app, messaging, task, utils
-from pytorch_example_low_level.config import UserError
+from pytorch_example_low_level.config import CODE, UserError
 from tests.conftest import model, results, same_bits
 from tests.grid import InProcessGrid, TimedGrid
 
@@ -139,9 +139,13 @@ def test_the_messages_are_those_of_the_contract(app):
     for server_round, lr in ((1, 0.05), (2, 0.025)):
         assert [len(m[server_round]) for m in (train, query, evaluate)] == [3, 5, 5]
         sent = train[server_round][0]
-        assert config_of(sent, 600) == {"server-round": server_round, "lr": lr, "class-names": names}
+        assert config_of(sent, 600) == {
+            "server-round": server_round, "lr": lr, "app": CODE, "class-names": names,
+        }  # fmt: skip
         assert config_of(query[server_round][0], 2) == {"server-round": server_round, "max-delay": 0.01}
-        assert config_of(evaluate[server_round][0], 600) == {"server-round": server_round, "class-names": names}
+        assert config_of(evaluate[server_round][0], 600) == {
+            "server-round": server_round, "app": CODE, "class-names": names,
+        }  # fmt: skip
         assert sent.content.keys() == evaluate[server_round][0].content.keys() == {"arrays", "config"}
         assert query[server_round][0].content.keys() == {"config"}
         assert sent.content["arrays"].keys() == task.make_model(1, 10).state_dict().keys()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from flwr.app import MessageType
+from flwr.app import Error, Message, MessageType
 from PIL import Image
 from torch import nn
 
@@ -164,7 +164,7 @@ def test_a_finished_run_says_so_and_makes_up_for_what_is_missing(app, whole, cap
 def test_a_run_that_learned_nothing_stays_failed_when_resumed(app):
     def fail(msg, context):
         if msg.metadata.message_type == MessageType.TRAIN:
-            raise OSError("the disk is on fire")
+            return Message(Error(code=5, reason="the disk is on fire"), reply_to=msg)
         return client_app.app(msg, context)
 
     grid = app.grid()

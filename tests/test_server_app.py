@@ -556,7 +556,7 @@ def check(lies: dict) -> str:
         assert lies[MessageType.QUERY]["config"]["opt-in"] is True
     for line in lines:
         assert line.isprintable()
-        assert len(line) < 600
+        assert len(line) < 1200
     if isinstance(lies[MessageType.TRAIN], Error):
         return "an error"
     if row["train_received"] == 3:
