@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pytorch_example_low_level import task
+from pytorch_example_low_level import images, task
 
 DRAWS = 100_000
 
@@ -24,13 +24,13 @@ DRAWS = 100_000
 def evaluate_nodes(directory: Path, nodes: int) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
     """Return accuracy (nodes,) and number of validation images (nodes,), and the run's configuration."""
     config = json.loads((directory / "run_config.json").read_text())
-    net = task.make_model(config["image-shape"][0], len(config["class-names"]))
+    net = task.make_model(config)
     net.load_state_dict(torch.load(directory / "final_model.pt", weights_only=True))
     data = [config[key] for key in ("dataset", "partitioner", "dirichlet-alpha", "seed")]
     accuracies, sizes = np.zeros(nodes), np.zeros(nodes)
     for node in range(nodes):
-        validation = task.load_partition(node, nodes, *data)["validation"]
-        _, accuracies[node], _ = task.test(net, validation, torch.device("cpu"))
+        validation = images.load_partition(node, nodes, *data)["validation"]
+        accuracies[node] = task.test(net, validation, torch.device("cpu"))["accuracy"]
         sizes[node] = len(validation)
     return accuracies, sizes, config
 

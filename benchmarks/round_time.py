@@ -55,7 +55,7 @@ from torch import nn
 from benchmarks.simulation import LocalSuperLink, copy_app
 from deploy.cli import PROJECT, FinishedRun
 from deploy.local_federation import interrupted_by_signals
-from pytorch_example_low_level import task
+from pytorch_example_low_level import images, task
 from pytorch_example_low_level.config import Purpose, RunConfig, random_stream
 from pytorch_example_low_level.messaging import Node
 from pytorch_example_low_level.server_app import sample_asked, sample_cohort
@@ -95,7 +95,7 @@ SETTINGS = SimpleNamespace(local_epochs=1, batch_size=32, momentum=0.9, logit_ad
 @lru_cache
 def images(count):
     import torch
-    from pytorch_example_low_level.task import Split
+    from pytorch_example_low_level.images import Split
     pixels = torch.randint(0, 256, (count, 1, 28, 28), dtype=torch.uint8)
     return Split(pixels, torch.arange(count) % 10, [str(i) for i in range(10)])
 
@@ -107,7 +107,7 @@ def prepare_server():
 
 def model(arrays):
     from pytorch_example_low_level.task import make_model
-    net = make_model(1, 10)
+    net = make_model(images(1).facts)
     net.load_state_dict(arrays.to_torch_state_dict())
     return net
 
@@ -179,7 +179,7 @@ def main(grid, context):
     cfg = context.run_config
     if cfg["test-images"]:
         from pytorch_example_low_level.task import make_model
-        arrays = ArrayRecord(make_model(1, 10).state_dict())
+        arrays = ArrayRecord(make_model(images(1).facts).state_dict())
     else:  # as many arrays as the app's model has, and as many numbers
         values = np.zeros(cfg["parameters"] // 12, dtype=np.float32)
         arrays = ArrayRecord({f"{i}": Array(values) for i in range(12)})
@@ -288,10 +288,10 @@ class Setting:
 
     def arithmetic(self) -> dict[str, Any]:
         """Return how many random images stand for those of the app, beside the messages."""
-        node = len(task.partitions(self.dataset, "iid", 1, 1.0, 42, decoded=False).dataset) // self.nodes
-        validation = int(node * task.VALIDATION_SHARE)
-        images = {"train_images": node - validation, "validation_images": validation}
-        return self.messages() | images | {"test_images": len(task.load_test_split(self.dataset))}
+        node = len(images.partitions(self.dataset, "iid", 1, 1.0, 42, decoded=False).dataset) // self.nodes
+        validation = int(node * images.VALIDATION_SHARE)
+        work = {"train_images": node - validation, "validation_images": validation}
+        return self.messages() | work | {"test_images": len(images.load_test_split(self.dataset))}
 
     def __str__(self) -> str:
         """Return the words for the tables."""
@@ -329,19 +329,19 @@ def floor_worker(mine: Any, shared: Any, done: Any, setting: Setting) -> None:
     """Prepare the tensors of a round; then do pieces of its work for as long as there are any."""
     torch.set_num_threads(1)
     config = setting.config()
-    test_split = task.load_test_split(setting.dataset)
+    test_split = images.load_test_split(setting.dataset)
     quarters = np.array_split(np.arange(len(test_split)), 4)
     classes = len(test_split.class_names)
 
-    def split(part: str, number: int) -> task.Split:
+    def split(part: str, number: int) -> images.Split:
         if part == "test":
             rows = quarters[number]
-            return task.Split(test_split.images[rows], test_split.labels[rows], test_split.class_names)
+            return images.Split(test_split.images[rows], test_split.labels[rows], test_split.class_names)
         how = (config.dataset, config.partitioner, config.dirichlet_alpha, config.seed)
-        return task.load_partition(number, setting.nodes, *how)[part]
+        return images.load_partition(number, setting.nodes, *how)[part]
 
     def model() -> nn.Module:
-        net = task.make_model(test_split.images.shape[1], classes)
+        net = task.make_model(test_split.facts)
         if setting.width != 128:
             net.fc1, net.fc2 = nn.Linear(32 * 4 * 4, setting.width), nn.Linear(setting.width, classes)
         return net
@@ -350,20 +350,20 @@ def floor_worker(mine: Any, shared: Any, done: Any, setting: Setting) -> None:
         tensors = {piece: split(*piece) for piece in pieces}
         done.put("prepared")
         while (piece := shared.get()) is not None:
-            images, labels = tensors[piece].images, tensors[piece].labels
+            inputs, labels = tensors[piece].images, tensors[piece].labels
             net = model()
             if piece[0] == "train":
                 optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=config.momentum, fused=True)
                 adjustment = config.logit_adjustment * torch.log(torch.bincount(labels, minlength=classes) + 1.0)
                 for rows in torch.randperm(len(labels)).tensor_split(math.ceil(len(labels) / config.batch_size)):
                     optimizer.zero_grad()
-                    logits = net(task.normalise(images[rows])) + adjustment
+                    logits = net(task.normalise(inputs[rows])) + adjustment
                     F.cross_entropy(logits, labels[rows]).backward()  # type: ignore[no-untyped-call]
                     optimizer.step()
             else:
                 with torch.inference_mode():
                     for start in range(0, len(labels), 500):
-                        net(task.normalise(images[start : start + 500])).argmax(1)
+                        net(task.normalise(inputs[start : start + 500])).argmax(1)
         done.put("worked")
 
 
@@ -753,7 +753,7 @@ def steps(sizes: Sequence[tuple[int, int]], rounds: int, scale_rounds: int) -> l
 def main() -> None:
     """Parse the command line, measure, print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", default=task.BUNDLED, help="as in the run configuration (default: %(default)s)")
+    parser.add_argument("--dataset", default=images.BUNDLED, help="as in the run configuration (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=10, help="rounds of each run (default: %(default)s)")
     parser.add_argument("--scale", action="store_true", help="also 50 to 10,000 nodes and a model of 25 MB")
     parser.add_argument("--scale-rounds", type=int, default=5, help="rounds of each of those (default: %(default)s)")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from deploy.cli import PARTITIONS
 from pytorch_example_low_level.config import UserError
-from pytorch_example_low_level.task import BUNDLED, partitions
+from pytorch_example_low_level.images import BUNDLED, partitions
 
 
 def main() -> None:

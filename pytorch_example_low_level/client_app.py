@@ -9,6 +9,7 @@ import math
 import time
 import traceback
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
@@ -27,7 +28,7 @@ from pytorch_example_low_level.config import (
     one_line,
     random_stream,
 )
-from pytorch_example_low_level.messaging import to_array_record
+from pytorch_example_low_level.messaging import metric_key, to_array_record
 
 
 def report_errors(msg: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
@@ -56,7 +57,7 @@ def train(msg: Message, context: Context) -> Message:
     """Train the received model on this node's training split; return it with "num-examples", its weight in FedAvg."""
     check_code(msg.content.config_records["config"].get("app", CODE))  # other ServerApps do not say theirs
     config = RunConfig.from_context(context)
-    data = local_split("train", msg, config, context)
+    data = local_data("train", msg, config, context)
     net = received_model(msg, data, config)
     stream = random_stream(config.seed, Purpose.TRAIN, int(number(msg, "server-round")), partition_of(context))
     seed = int(stream.integers(2**63))
@@ -76,15 +77,18 @@ def evaluate(msg: Message, context: Context) -> Message:
     """Evaluate the received model on this node's validation split."""
     check_code(msg.content.config_records["config"].get("app", CODE))
     config = RunConfig.from_context(context)
-    data = local_split("validation", msg, config, context)
+    data = local_data("validation", msg, config, context)
     net = received_model(msg, data, config)
     torch.set_num_threads(1)
     task.make_gpu_repeatable()
 
-    loss, accuracy, _ = task.test(net, data, task.pick_device())
+    metrics = task.test(net, data, task.pick_device())
 
-    metrics = MetricRecord({"eval_loss": loss, "eval_acc": accuracy, "num-examples": len(data)})
-    return Message(RecordDict({"metrics": metrics}), reply_to=msg)
+    # A metric without a value is left out, and an element of a list without one becomes NaN.
+    known: dict[str, Any] = {metric_key(name): value for name, value in metrics.items() if value is not None}
+    lists = {k: [math.nan if v is None else v for v in vs] for k, vs in known.items() if isinstance(vs, list)}
+    record = MetricRecord({**known, **lists, "num-examples": len(data)})
+    return Message(RecordDict({"metrics": record}), reply_to=msg)
 
 
 @app.query()
@@ -118,24 +122,22 @@ def deadline(msg: Message) -> float:
     return number(msg, "deadline", math.inf)
 
 
-def received_model(msg: Message, data: task.Split, config: RunConfig) -> nn.Module:
-    """Return the server's model. Raises UserError when it does not fit this node's images."""
+def received_model(msg: Message, data: task.Data, config: RunConfig) -> nn.Module:
+    """Return the server's model. Raises UserError when it does not fit this node's data."""
     # Seeded, because a model may have random buffers that are not in its state_dict.
-    in_channels, num_classes = data.images.shape[1], len(data.class_names)
-    net = task.initial_model(in_channels, num_classes, config.seed)
+    net = task.initial_model(data.facts, config.seed)
     state_dict = msg.content.array_records["arrays"].to_torch_state_dict()
-    with explained(f"the server's model does not fit images of {in_channels} channels and {num_classes} classes"):
+    with explained(f"the server's model does not fit data of {data.facts}"):
         net.load_state_dict(state_dict)
     return net
 
 
-def local_split(part: str, msg: Message, config: RunConfig, context: Context) -> task.Split:
-    """Load this node's "train" or "validation" split; not after the deadline."""
+def local_data(part: str, msg: Message, config: RunConfig, context: Context) -> task.Data:
+    """Load this node's "train" or "validation" data; not after the deadline."""
     if time.time() > deadline(msg):  # useless work would delay other messages
         raise TimeoutError("the deadline passed before the message was handled")
-    splits = task.load_node(context.node_config, partition_of(context), config)
-    names = msg.content.config_records["config"].get("class-names")  # other ServerApps do not send them
-    return splits[part].numbered_as([str(name) for name in names]) if isinstance(names, list) else splits[part]
+    facts = msg.content.config_records["config"]  # other ServerApps send none
+    return task.load_node_data(context.node_config, partition_of(context), config, facts)[part]
 
 
 def partition_of(context: Context) -> int:

@@ -3,9 +3,10 @@
 They replace `Grid.send_and_receive`, which returns all models at once and asks only every 3 s over a network.
 """
 
+import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from reprlib import repr as brief
 from typing import Any, TypeVar
@@ -21,6 +22,7 @@ from pytorch_example_low_level.config import log
 T = TypeVar("T")
 Read = Callable[[RecordDict], T]  # converts a reply to a value, or raises
 
+REQUIRED = {"train_loss", "eval_loss", "eval_acc"}  # the metrics of Flower's own apps
 MAX_EXAMPLES = 10**9  # a larger weight would dominate all other nodes
 MAX_FLOAT = 1e38  # float32 and bfloat16 represent it, and double precision sums its squares without overflow
 MAX_INTEGER = 2**53  # double precision represents every integer up to this one
@@ -49,13 +51,11 @@ class Node:
 def connected_nodes(grid: Grid) -> list[Node]:
     """Return the connected nodes in the order of registration. In a simulation, that is the order of partitions."""
     nodes = sorted(grid.get_nodes(), key=lambda node: (node.registered_at, node.node_id))
-    connected = []
-    for place, node in enumerate(nodes):
-        # A simulated node sends no heartbeats, so Flower gives it a practically infinite interval.
-        simulated = node.heartbeat_interval > 1e9
-        unnamed = f"partition {place}" if simulated else f"node {node.node_id}"
-        connected.append(Node(node.node_id, clean(node.name) or unnamed, simulated))
-    return connected
+    # A simulated node sends no heartbeats, so Flower gives it a practically infinite interval.
+    simulated = [node.heartbeat_interval > 1e9 for node in nodes]
+    unnamed = [f"partition {i}" if simulated[i] else f"node {node.node_id}" for i, node in enumerate(nodes)]
+    names = [clean(node.name) or unnamed[i] for i, node in enumerate(nodes)]
+    return [Node(n.node_id, name, s) for n, name, s in zip(nodes, names, simulated, strict=True)]
 
 
 class Rejected(ValueError):
@@ -244,17 +244,37 @@ def read_arrays(content: RecordDict, sent: ArrayRecord) -> dict[str, Tensor]:
     return tensors
 
 
-def read_metrics(content: RecordDict, *names: str) -> tuple[dict[str, float], int]:
-    """Return the named metrics and "num-examples". Raises Rejected for missing or impossible values."""
+def metric_key(name: str) -> str:
+    """Return the name of a metric in a reply. Accuracy has that of Flower's own apps."""
+    return "eval_acc" if name == "accuracy" else f"eval_{name}"
+
+
+def read_metrics(content: RecordDict, expected: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
+    """Return the expected metrics and "num-examples"; None for one of them that is missing, unless it is REQUIRED.
+
+    A list must be as long as the expected one; NaN in it stands for None. Raises Rejected for impossible values.
+    """
     metrics = content.metric_records.get("metrics", MetricRecord())
     num_examples = metrics.get("num-examples")
     if type(num_examples) is not int or not 1 <= num_examples <= MAX_EXAMPLES:
         raise Rejected(f"num-examples is {brief(num_examples)}, not a whole number from 1 to {MAX_EXAMPLES}")
-    values: dict[str, Any] = {name: metrics.get(name) for name in names}
-    for name, value in values.items():
-        if not isinstance(value, int | float) or not -MAX_FLOAT <= value <= MAX_FLOAT:
-            raise Rejected(f"{name} is {brief(value)}, not a finite number")
-    return {name: float(value) for name, value in values.items()}, num_examples
+    values: dict[str, Any] = {}
+    for name, like in expected.items():
+        value = metrics.get(name)
+        if isinstance(like, list) and isinstance(value, list) and len(value) == len(like):
+            values[name] = [None if math.isnan(number) else read_number(name, number) for number in value]
+        else:
+            values[name] = None if value is None and name not in REQUIRED else read_number(name, value)
+    if not 0 <= values.get("eval_acc", 0) <= 1:
+        raise Rejected(f"eval_acc is {values['eval_acc']}, not between 0 and 1")
+    return values, num_examples
+
+
+def read_number(name: str, value: object) -> float:
+    """Return a finite number. Raises Rejected."""
+    if not isinstance(value, int | float) or not -MAX_FLOAT <= value <= MAX_FLOAT:
+        raise Rejected(f"{name} is {brief(value)}, not a finite number")
+    return float(value)
 
 
 def read_opt_in(content: RecordDict) -> bool:

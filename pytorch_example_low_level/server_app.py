@@ -19,8 +19,8 @@ from torch import nn
 from pytorch_example_low_level import messaging, task, utils
 from pytorch_example_low_level.config import CODE, Purpose, RunConfig, UserError, log, random_stream
 from pytorch_example_low_level.messaging import Batch, Mailbox, Node
-from pytorch_example_low_level.task import StateDict
-from pytorch_example_low_level.utils import Row, open_run
+from pytorch_example_low_level.task import SCORE, Metrics, StateDict
+from pytorch_example_low_level.utils import Report, Row, open_run
 
 SETTLE = 0.5  # seconds without a new node after which all are assumed to be connected
 
@@ -35,15 +35,16 @@ def main(grid: Grid, context: Context) -> None:
     utils.log_environment()
     device = task.pick_device(config.server_device)
     task.make_gpu_repeatable()
-    test_data = task.load_test_split(config.dataset)
-    net = task.initial_model(test_data.images.shape[1], len(test_data.class_names), config.seed)
+    test_data = task.load_test_data(config)
+    net = task.initial_model(test_data.facts, config.seed)
     if config.initial_model and not config.resume_from:
         utils.load_model(config.initial_model, net)
 
-    with open_run(config, context.run_id, net, test_data.images, test_data.labels, test_data.class_names) as recorder:
+    with open_run(config, context.run_id, net, test_data.facts, test_data.fingerprint(), SCORE) as recorder:
         state, mailbox = recorder.state, Mailbox(grid)
         if state.server_round < 0:  # a new run: round 0 is the initial model
-            recorder.commit(utils.new_row(0) | evaluate_centrally(net, state.model, test_data, device))
+            metrics = evaluate_centrally(net, state.model, test_data, device)
+            recorder.commit(utils.new_row(utils.result_keys(metrics, SCORE), 0) | utils.centralized(metrics))
 
         nodes: list[Node] = []
         for server_round in range(state.server_round + 1, config.num_server_rounds + 1):
@@ -51,8 +52,8 @@ def main(grid: Grid, context: Context) -> None:
             log.info("🔄 Starting round %s/%s", server_round, config.num_server_rounds)
             whole_round, stopwatch = utils.Stopwatch(), utils.Stopwatch()
             lr = utils.learning_rate(config, server_round)
-            row = utils.new_row(server_round, lr)
-            accuracies: list[float] = []
+            row = utils.new_row(state.results[-1], server_round, lr)
+            reports: list[Report] = []
 
             # --- 0. Nodes: wait for them, and sample the cohort that trains in this round
             nodes = wait_for_nodes(grid, config, state.results[-1]["nodes_available"], resumed=not nodes)
@@ -61,7 +62,7 @@ def main(grid: Grid, context: Context) -> None:
             row |= {"nodes_available": len(nodes), "train_sampled": len(cohort), "seconds_nodes": stopwatch.lap()}
 
             # --- 1. TRAIN on the cohort, and 2. aggregate the models that come back
-            instructions = {"server-round": server_round, "app": CODE, "class-names": test_data.class_names}
+            instructions = {"server-round": server_round, "app": CODE, **test_data.facts}
             batch, state.model, train_loss = train(mailbox, cohort, state.model, instructions | {"lr": lr}, config)
             state.last_fault = batch.log_faults()
             if server_round == 1 and batch.broken == len(cohort):
@@ -73,9 +74,10 @@ def main(grid: Grid, context: Context) -> None:
             queries = None
             if server_round % config.evaluate_every == 0 or server_round == config.num_server_rounds:
                 queries = send_queries(mailbox, sample_asked(nodes, config, server_round), server_round, config)
-            row |= evaluate_centrally(net, state.model, test_data, device) | {"seconds_central": stopwatch.lap()}
-            if state.is_best(row):
-                log.info("🎉 New best global model found: %f", row["centralized_accuracy"])
+            metrics = evaluate_centrally(net, state.model, test_data, device)
+            row |= utils.centralized(metrics) | {"seconds_central": stopwatch.lap()}
+            if recorder.is_best(row):
+                log.info("🎉 New best global model found: %f", metrics[SCORE])
 
             if queries is not None:
                 # --- 4. QUERY: the nodes that opt in before the deadline
@@ -84,11 +86,11 @@ def main(grid: Grid, context: Context) -> None:
                 row["seconds_query"] = stopwatch.lap()
 
                 # --- 5. EVALUATE on the nodes that opted in
-                accuracies, outcome = evaluate(mailbox, opted_in, state.model, instructions, config)
+                reports, outcome = evaluate(mailbox, opted_in, state.model, instructions, metrics, config)
                 row |= outcome | {"seconds_evaluate": stopwatch.lap()}
 
             # --- 6. Record: from here on, the round survives a crash
-            recorder.commit(row | {"seconds_total": whole_round.lap()}, accuracies)
+            recorder.commit(row | {"seconds_total": whole_round.lap()}, reports)
             log.info("⏱️ %s", time_summary(state.results, rounds_left=config.num_server_rounds - server_round))
 
         recorder.finish()
@@ -121,7 +123,7 @@ def wait_for_nodes(grid: Grid, config: RunConfig, before: int | None, *, resumed
     simulated = all(node.simulated for node in nodes)
     if resumed and simulated and before not in (None, len(nodes)):
         raise UserError(
-            f"The run had {before} simulated nodes, and now there are {len(nodes)}. A node would get different images. "
+            f"The run had {before} simulated nodes, and now there are {len(nodes)}. A node would get different data. "
             f'Resume it with --federation-config "num-supernodes={before} client-resources-num-cpus=1".'
         )
     if before is None and simulated and len(nodes) == 2:  # Flower's default
@@ -166,7 +168,7 @@ def train(
     weights: list[int] = []
 
     def read(reply: RecordDict) -> tuple[StateDict, float, int]:
-        metrics, num_examples = messaging.read_metrics(reply, "train_loss")
+        metrics, num_examples = messaging.read_metrics(reply, {"train_loss": 0.0})
         return messaging.read_arrays(reply, sent), metrics["train_loss"], num_examples
 
     def updates() -> Iterator[tuple[StateDict, int]]:
@@ -207,16 +209,13 @@ def weighted_mean(updates: Iterable[tuple[StateDict, int]], like: StateDict) -> 
 # ------------------------------------------------------------------ 3. Central evaluation
 
 
-def evaluate_centrally(net: nn.Module, model: StateDict, test_data: task.Split, device: torch.device) -> Row:
-    """Evaluate the global model on the test split; return what to record."""
+def evaluate_centrally(net: nn.Module, model: StateDict, test_data: task.Data, device: torch.device) -> Metrics:
+    """Evaluate the global model on the server's data; return the metrics, None for a number that is not finite."""
     net.load_state_dict(model)
-    loss, accuracy, per_class = task.test(net, test_data, device)
-    log.info("💡 Centrally evaluated model -> loss: %7.4f /  accuracy: %7.4f", loss, accuracy)
-    return {
-        "centralized_loss": loss if np.isfinite(loss) else None,  # JSON has no NaN
-        "centralized_accuracy": accuracy,
-        "centralized_accuracy_per_class": per_class,
-    }
+    metrics = task.test(net, test_data, device)
+    numbers = [f"{name}: {value:7.4f}" for name, value in metrics.items() if isinstance(value, int | float)]
+    log.info("💡 Centrally evaluated model -> %s", " /  ".join(numbers))
+    return utils.without_nan(metrics)
 
 
 # ------------------------------------------------------------------------------- 4. QUERY
@@ -241,44 +240,51 @@ def collect_opt_ins(mailbox: Mailbox, queries: Batch) -> list[Node]:
 
 
 def evaluate(
-    mailbox: Mailbox, nodes: Sequence[Node], model: StateDict, instructions: dict[str, Any], config: RunConfig
-) -> tuple[list[float], Row]:
-    """Have nodes evaluate the model on their own data; return their accuracies, and what to record."""
+    mailbox: Mailbox,
+    nodes: Sequence[Node],
+    model: StateDict,
+    instructions: dict[str, Any],
+    central: Metrics,
+    config: RunConfig,
+) -> tuple[list[Report], Row]:
+    """Have nodes evaluate the model on their own data; return their metrics, which `central` has too, and the row."""
     content = RecordDict({"arrays": messaging.to_array_record(model), "config": ConfigRecord(instructions)})
     batch = mailbox.send(nodes, MessageType.EVALUATE, content, instructions["server-round"], config.evaluate_timeout)
-
-    def read(reply: RecordDict) -> tuple[float, float, int]:
-        metrics, num_examples = messaging.read_metrics(reply, "eval_loss", "eval_acc")
-        if not 0 <= metrics["eval_acc"] <= 1:
-            raise messaging.Rejected(f"eval_acc is {metrics['eval_acc']}, not between 0 and 1")
-        return metrics["eval_loss"], metrics["eval_acc"], num_examples
-
-    results = [result for _, result in mailbox.collect(batch, read)]
+    expected = {messaging.metric_key(name): value for name, value in central.items()}
+    reports: list[Report] = [
+        {"node": node.name, "num_examples": num_examples, **dict(zip(central, values.values(), strict=True))}
+        for node, (values, num_examples) in mailbox.collect(batch, lambda r: messaging.read_metrics(r, expected))
+    ]
     log.info("📥 Received %s/%s results (EVALUATE)", batch.received, len(nodes))
     batch.log_faults()
-    outcome = {"evaluate_received": batch.received, "evaluate_failed": len(nodes) - batch.received}
-    if not results:
+    row: Row = {"evaluate_received": batch.received, "evaluate_failed": len(nodes) - batch.received}
+    if not reports:
         log.info("📊 Federated evaluation -> no node took part")
-        return [], outcome
-    losses, accuracies, weights = ([result[i] for result in results] for i in range(3))
-    loss, loss_std = weighted_mean_std(losses, weights)
-    accuracy, accuracy_std = weighted_mean_std(accuracies, weights)
-    log.info("📊 Federated evaluation -> loss: %.3f±%.3f / accuracy: %.3f±%.3f", loss, loss_std, accuracy, accuracy_std)
+        return [], row
+    weights, numbers = [report["num_examples"] for report in reports], []
+    for name in central:
+        mean, std = weighted_mean_std([report[name] for report in reports], weights)
+        row |= {f"federated_evaluate_{name}": mean, f"federated_evaluate_{name}_std": std}
+        numbers += [f"{name}: {mean:.3f}±{std:.3f}"] if isinstance(mean, float) else []
+    log.info("📊 Federated evaluation -> %s", " / ".join(numbers))
     # A mean hides the nodes for which the model does not work, so the tail is also recorded.
-    worst, p10, median = np.percentile(accuracies, [0, 10, 50]).tolist()
-    return accuracies, outcome | {
-        "federated_evaluate_loss": loss,
-        "federated_evaluate_loss_std": loss_std,
-        "federated_evaluate_accuracy": accuracy,
-        "federated_evaluate_accuracy_std": accuracy_std,
-        "federated_evaluate_accuracy_min": worst,
-        "federated_evaluate_accuracy_p10": p10,
-        "federated_evaluate_accuracy_median": median,
-    }
+    if scores := [report[SCORE] for report in reports if report[SCORE] is not None]:
+        row |= {f"federated_evaluate_{SCORE}_{k}": float(np.percentile(scores, q)) for k, q in utils.TAIL.items()}
+    return reports, row
 
 
-def weighted_mean_std(values: Sequence[float], weights: Sequence[float]) -> tuple[float, float]:
-    """Return the weighted mean and (population) standard deviation."""
+def weighted_mean_std(values: Sequence[Any], weights: Sequence[int]) -> tuple[Any, Any]:
+    """Return the weighted mean and (population) standard deviation of the values that are not None; None if all are.
+
+    For lists, both are lists, of the mean and the standard deviation of each element.
+    """
+    known = [(value, weight) for value, weight in zip(values, weights, strict=True) if value is not None]
+    if not known:
+        return None, None
+    values, weights = zip(*known, strict=True)
+    if isinstance(values[0], list):
+        pairs = [weighted_mean_std(element, weights) for element in zip(*values, strict=True)]
+        return [mean for mean, _ in pairs], [std for _, std in pairs]
     mean = np.average(values, weights=weights)
     return float(mean), float(np.average((np.array(values) - mean) ** 2, weights=weights) ** 0.5)
 

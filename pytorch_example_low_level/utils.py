@@ -5,13 +5,13 @@ Every file is replaced as a whole, so after a crash at any time it is complete, 
 
 from __future__ import annotations
 
-import hashlib
 import json
+import math
 import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -34,18 +34,42 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Row = dict[str, Any]  # one round in results.json
+Report = dict[str, Any]  # the evaluation of one node: its name, number of examples and metrics
+TAIL = {"min": 0, "p10": 10, "median": 50}  # percentiles of the nodes' scores
 PLOT_EVERY = 30  # seconds between two drawings during a run
 
-# The keys of a round in results.json, in this order. A value that a round does not have is None.
-RESULT_KEYS = (
-    "round", "lr", "nodes_available", "train_sampled", "train_received", "train_failed", "train_rejected", "train_loss",
-    "centralized_loss", "centralized_accuracy", "centralized_accuracy_per_class",
-    "query_sent", "query_received", "opted_in", "evaluate_received", "evaluate_failed",
-    "federated_evaluate_loss", "federated_evaluate_loss_std",
-    "federated_evaluate_accuracy", "federated_evaluate_accuracy_std", "federated_evaluate_accuracy_min",
-    "federated_evaluate_accuracy_p10", "federated_evaluate_accuracy_median",
-    "seconds_nodes", "seconds_train", "seconds_central", "seconds_query", "seconds_evaluate", "seconds_total",
-)  # fmt: skip
+
+def result_keys(metrics: Iterable[str], score: str) -> list[str]:
+    """Return the keys of a round in results.json, in order. A value that a round does not have is None."""
+    return [
+        "round", "lr", "nodes_available", "train_sampled", "train_received", "train_failed", "train_rejected",
+        "train_loss", *(f"centralized_{name}" for name in metrics),
+        "query_sent", "query_received", "opted_in", "evaluate_received", "evaluate_failed",
+        *(f"federated_evaluate_{name}{suffix}" for name in metrics for suffix in ("", "_std")),
+        *(f"federated_evaluate_{score}_{tail}" for tail in TAIL),
+        "seconds_nodes", "seconds_train", "seconds_central", "seconds_query", "seconds_evaluate", "seconds_total",
+    ]  # fmt: skip
+
+
+def new_row(keys: Iterable[str], server_round: int, lr: float | None = None) -> Row:
+    """Return the row of results.json for a round that has no results yet."""
+    return dict.fromkeys(keys) | {"round": server_round, "lr": lr}
+
+
+def centralized(metrics: Mapping[str, Any]) -> Row:
+    """Return what results.json has of a central evaluation."""
+    return {f"centralized_{name}": value for name, value in metrics.items()}
+
+
+def without_nan(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Replace numbers that are not finite by None, also in lists, since JSON has none of them."""
+
+    def known(value: float | None) -> float | None:
+        return value if value is not None and math.isfinite(value) else None
+
+    return {
+        name: [known(v) for v in value] if isinstance(value, list) else known(value) for name, value in metrics.items()
+    }
 
 
 def log_environment() -> None:
@@ -79,19 +103,10 @@ class ServerState:
     model: dict[str, Tensor]  # the global model, on the CPU
     server_round: int = -1  # the last committed round; 0: the initial model is evaluated; -1: nothing is committed
     best_round: int | None = None
-    best_accuracy: float | None = None
+    best_score: float | None = None
     results: list[Row] = field(default_factory=list)
     wandb_id: str = ""  # a resumed run continues under it
     last_fault: str = ""  # the first fault of the last TRAIN phase
-
-    def is_best(self, row: Row) -> bool:
-        """Return whether a round has a better central accuracy than all committed rounds."""
-        return self.best_accuracy is None or row["centralized_accuracy"] > self.best_accuracy
-
-
-def new_row(server_round: int, lr: float | None = None) -> Row:
-    """Return the row of results.json for a round that has no results yet."""
-    return dict.fromkeys(RESULT_KEYS) | {"round": server_round, "lr": lr}
 
 
 # ---------------------------------------------------------------------------------- Files
@@ -125,6 +140,23 @@ def replace_json(path: Path, value: object) -> None:
     replace_file(path, lambda file: file.write(text.encode()))
 
 
+def append_lines(path: Path, values: Iterable[object]) -> None:
+    """Append JSON values to a file, a line each. Raises UserError."""
+    lines = [json.dumps(value, allow_nan=False, ensure_ascii=False) + "\n" for value in values]
+    with explained(f"Cannot write {path}"), path.open("ab") as file:
+        file.write("".join(lines).encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def cut_lines(path: Path, last_round: int) -> None:
+    """Remove the lines of later rounds, which a crash left behind: they are written before a round is committed."""
+    if path.exists():
+        lines = path.read_bytes().splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["round"] <= last_round]
+        replace_file(path, lambda file: file.write(b"".join(kept)))
+
+
 def load_model(name: str, net: nn.Module) -> None:
     """Load the state_dict in a file into `net`. Raises UserError unless it fits, is finite and holds data only."""
     path = Path(name).expanduser().absolute()
@@ -143,18 +175,18 @@ def load_model(name: str, net: nn.Module) -> None:
 
 @contextmanager
 def open_run(
-    config: RunConfig, run_id: int, net: nn.Module, images: Tensor, labels: Tensor, class_names: Sequence[str]
+    config: RunConfig, run_id: int, net: nn.Module, facts: Mapping[str, Any], fingerprint: str, score: str
 ) -> Iterator[Recorder]:
     """Begin a new run in a new directory, or continue the one that `resume-from` names.
 
-    Images, labels and names are those of the test split. Raises UserError when the directory cannot
-    be written, is in use by another run, or belongs to a run with other settings.
+    Facts and fingerprint are those of the server's data. Raises UserError when the directory cannot be written,
+    is in use by another run, or belongs to a run with other settings.
     """
     model = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     # A run is resumed only with the same configuration, model and data.
-    identity = config.model_dump(by_alias=True, exclude=OPERATIONAL) | {"class-names": list(class_names)}
+    identity = config.model_dump(by_alias=True, exclude=OPERATIONAL) | {**facts, "score": score}
     identity |= {f"model: {name}": f"{tensor.dtype} {tuple(tensor.shape)}" for name, tensor in model.items()}
-    identity["test data"] = hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()[:16]
+    identity["test data"] = fingerprint
     directory = Path(config.resume_from).expanduser().absolute() if config.resume_from else make_directory(config)
     if config.resume_from and not (directory / "checkpoints" / "last.pt").is_file():
         raise UserError(f"resume-from: {directory} is not the directory of a run that has committed a round")
@@ -163,9 +195,9 @@ def open_run(
         log.info("📂 Run directory: %s", directory)
         versions = {name: version(name) for name in ("flwr", "flwr-datasets", "torch", "numpy")}
         versions |= {"app": __version__, "python": sys.version.split()[0]}
-        about = {"class-names": list(class_names), "image-shape": list(images.shape[1:]), "versions": versions}
-        replace_json(directory / "run_config.json", config.model_dump(by_alias=True) | about | {"run-id": str(run_id)})
-        recorder = Recorder(directory, config, state, class_names)
+        about = {**facts, "versions": versions, "run-id": str(run_id)}
+        replace_json(directory / "run_config.json", config.model_dump(by_alias=True) | about)
+        recorder = Recorder(directory, config, state, facts, score)
         try:
             recorder.start()
             yield recorder
@@ -226,13 +258,15 @@ class Recorder:
     directory: Path
     config: RunConfig
     state: ServerState
-    class_names: Sequence[str]
+    facts: Mapping[str, Any]
+    score: str
     wandb_run: wandb.Run | None = None
     finished: bool = False
     drawn_at: float = field(default_factory=time.monotonic)
 
     def start(self) -> None:
         """Bring the files of a resumed run up to its checkpoint; open W&B."""
+        cut_lines(self.directory / "node_results.jsonl", self.state.server_round)
         if self.state.server_round >= 0:
             self.write_results()
         if self.config.use_wandb:
@@ -242,16 +276,22 @@ class Recorder:
         for row in self.state.results:  # W&B may lack the last ones after a crash
             self.log_to_wandb(row)
 
-    def commit(self, row: Row, accuracies: Sequence[float] = ()) -> None:
-        """Commit a round: `row` is its object in results.json, `accuracies` are those of the nodes."""
-        if self.state.is_best(row):
-            self.state.best_round, self.state.best_accuracy = row["round"], row["centralized_accuracy"]
+    def is_best(self, row: Row) -> bool:
+        """Return whether a round has a better central score than all committed rounds."""
+        new, best = row.get(f"centralized_{self.score}"), self.state.best_score
+        return new is not None and (best is None or new > best)
+
+    def commit(self, row: Row, reports: Sequence[Report] = ()) -> None:
+        """Commit a round: `row` is its object in results.json, `reports` are the evaluations of the nodes."""
+        if self.is_best(row):
+            self.state.best_round, self.state.best_score = row["round"], row[f"centralized_{self.score}"]
         self.state.server_round = row["round"]
         self.state.results.append(row)
+        append_lines(self.directory / "node_results.jsonl", [{"round": row["round"], **report} for report in reports])
         # Everything else can be restored from this file, so writing it commits the round.
         replace_file(self.directory / "checkpoints" / "last.pt", lambda file: torch.save(vars(self.state), file))
         self.write_results()
-        self.log_to_wandb(row, accuracies)
+        self.log_to_wandb(row, reports)
         if time.monotonic() - self.drawn_at > PLOT_EVERY:
             self.draw()
 
@@ -261,18 +301,19 @@ class Recorder:
         if self.state.best_round == self.state.server_round:
             replace_file(self.directory / "checkpoints" / "best.pt", lambda file: torch.save(self.state.model, file))
 
-    def log_to_wandb(self, row: Row, accuracies: Sequence[float] = ()) -> None:
-        """Log one round as one step, unless W&B has it, with a histogram of the nodes' accuracies."""
+    def log_to_wandb(self, row: Row, reports: Sequence[Report] = ()) -> None:
+        """Log one round as one step, unless W&B has it, with a histogram of the nodes' scores."""
         if self.wandb_run is None:
             return
         with optional("📈 W&B"):
             import wandb
 
-            values = {key: value for key, value in row.items() if value is not None}
-            per_class = zip(self.class_names, values.pop("centralized_accuracy_per_class", ()), strict=False)
-            values |= {f"accuracy/{name}": accuracy for name, accuracy in per_class if accuracy is not None}
-            if accuracies:
-                values["client_accuracies"] = wandb.Histogram(accuracies, num_bins=20)
+            values = {key: value for key, value in row.items() if value is not None and not isinstance(value, list)}
+            for key, elements in ((key, value) for key, value in row.items() if isinstance(value, list)):
+                names = element_names(elements, self.facts)
+                values |= {f"{key}/{n}": v for n, v in zip(names, elements, strict=True) if v is not None}
+            if scores := [report[self.score] for report in reports if report[self.score] is not None]:
+                values[f"client_{self.score}"] = wandb.Histogram(scores, num_bins=20)
             if row["round"] >= self.wandb_run.step:
                 self.wandb_run.log(values, step=row["round"], commit=True)
             return
@@ -282,7 +323,7 @@ class Recorder:
         """Draw the plot, which takes about 0.3 s."""
         self.drawn_at = time.monotonic()
         with optional("The plot"):
-            figure = plot_results(self.state.results, self.class_names)
+            figure = plot_results(self.state.results, self.facts, self.score)
             replace_file(self.directory / "metrics.png", lambda file: figure.savefig(file, format="png", dpi=120))
 
     def finish(self) -> None:
@@ -309,7 +350,7 @@ class Recorder:
                 artifact = wandb.Artifact(f"best-model-{self.wandb_run.id}", type="model", metadata=metadata)
                 artifact.add_file(str(best))
                 self.wandb_run.log_artifact(artifact)
-            self.wandb_run.summary["best_centralized_accuracy"] = self.state.best_accuracy
+            self.wandb_run.summary[f"best_centralized_{self.score}"] = self.state.best_score
             self.wandb_run.finish(exit_code=int(not self.finished))
 
 
@@ -341,39 +382,49 @@ def start_wandb(config: RunConfig, directory: Path, wandb_id: str) -> wandb.Run:
     return run
 
 
-def plot_results(results: Sequence[Row], class_names: Sequence[str]) -> Figure:
-    """Draw accuracy and loss over the rounds, central and federated, and the accuracy of each class."""
+def element_names(elements: Sequence[object], facts: Mapping[str, Any]) -> list[str]:
+    """Return the names of a list's elements: the only list of texts among the facts with this length, or numbers."""
+    lists = [fact for fact in facts.values() if isinstance(fact, list) and len(fact) == len(elements)]
+    texts = [fact for fact in lists if all(isinstance(text, str) for text in fact)]
+    return texts[0] if len(texts) == 1 else [str(number) for number in range(len(elements))]
+
+
+def plot_results(results: Sequence[Row], facts: Mapping[str, Any], score: str) -> Figure:
+    """Draw each metric over the rounds, the score first: numbers as curves, and lists as a picture."""
     from matplotlib.figure import Figure  # without pyplot, which has global state and may need a display
 
     def curve(key: str) -> tuple[list[float], np.ndarray]:
-        """Return the rounds that have this value, and the values."""
-        rows = [row for row in results if row[key] is not None]
+        """Return the rounds that have this value, and the values: (rounds,), or (rounds, elements) for lists."""
+        rows = [row for row in results if row.get(key) is not None]
         return [row["round"] for row in rows], np.array([row[key] for row in rows], dtype=float)
 
-    figure = Figure(figsize=(16, 4.5), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
-    for axes, name in ((left, "accuracy"), (middle, "loss")):
+    names = [key.removeprefix("centralized_") for row in results[-1:] for key in row if key.startswith("centralized_")]
+    names.sort(key=lambda name: name != score)
+    height = max(1, math.ceil(len(names) / 3))
+    figure = Figure(figsize=(16, 4.5 * height), layout="constrained")
+    for axes, name in zip(figure.subplots(height, 3, squeeze=False).flat, names, strict=False):
+        rounds, central = curve(f"centralized_{name}")
+        axes.set(xlabel="round", ylabel=name, title=name.replace("_", " ").capitalize())
+        axes.locator_params(axis="x", integer=True)
+        if central.ndim == 2:
+            extent = (rounds[0] - 0.5, rounds[-1] + 0.5, central.shape[1] - 0.5, -0.5)
+            shares = np.nanmin(central, initial=0) >= 0 and np.nanmax(central, initial=0) <= 1
+            limits = {"vmin": 0, "vmax": 1} if shares else {}
+            figure.colorbar(
+                axes.imshow(central.T, extent=extent, aspect="auto", interpolation="nearest", **limits), ax=axes
+            )
+            if central.shape[1] <= 30:
+                axes.set_yticks(range(central.shape[1]), element_names(central[0], facts), parse_math=False)
+            continue
         # Okabe and Ito's colours; lines and markers differ, too.
-        axes.plot(*curve(f"centralized_{name}"), color="#0072B2", marker="o", label="central (test split)")
+        axes.plot(rounds, central, color="#0072B2", marker="o", label="central (test split)")
         rounds, mean = curve(f"federated_evaluate_{name}")
         _, std = curve(f"federated_evaluate_{name}_std")
         axes.plot(rounds, mean, color="#D55E00", linestyle="--", marker="s", label="federated mean (opted-in nodes)")
         axes.fill_between(rounds, mean - std, mean + std, color="#D55E00", alpha=0.2, label="± 1 std over nodes")
-        axes.set(xlabel="round", ylabel=name if name == "accuracy" else "loss (cross-entropy)", title=name.capitalize())
-    tail = {"median": ("median node", "-."), "p10": ("10th percentile", ":"), "min": ("worst node", "x")}
-    for key, (text, style) in tail.items():
-        left.plot(*curve(f"federated_evaluate_accuracy_{key}"), style, color="black", label=text)
-    for axes in (left, middle):
+        for tail, style in zip(TAIL, ("x", ":", "-."), strict=True):
+            if name == score:
+                axes.plot(*curve(f"federated_evaluate_{name}_{tail}"), style, color="black", label=f"nodes: {tail}")
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
-    rounds, table = curve("centralized_accuracy_per_class")
-    if rounds:
-        extent = (rounds[0] - 0.5, rounds[-1] + 0.5, len(class_names) - 0.5, -0.5)
-        image = right.imshow(table.T, extent=extent, aspect="auto", vmin=0, vmax=1, interpolation="nearest")
-        figure.colorbar(image, ax=right, label="accuracy")
-        if len(class_names) <= 30:
-            right.set_yticks(range(len(class_names)), class_names, parse_math=False)
-    right.set(xlabel="round", title="Central accuracy of each class")
-    for axes in (left, middle, right):
-        axes.locator_params(axis="x", integer=True)
     return figure

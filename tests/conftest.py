@@ -20,7 +20,7 @@ os.environ["WANDB_MODE"] = "offline"
 import pytest
 import torch
 
-from pytorch_example_low_level import client_app, server_app, task, utils
+from pytorch_example_low_level import client_app, images, server_app, utils
 from tests.grid import PROJECT, InProcessGrid, make_context, run_config
 
 torch.set_num_threads(1)
@@ -83,13 +83,13 @@ class App:
         return max(folders, key=lambda p: (p / "run_config.json").stat().st_mtime_ns)
 
 
-load_test_split_once = functools.cache(task.load_test_split)
+load_test_split_once = functools.cache(images.load_test_split)
 
 
 @pytest.fixture
 def app(tiny_dataset, tmp_path, monkeypatch) -> App:
     """The app, with an output directory of its own; the many runs share one loading of the test split."""
-    monkeypatch.setattr(task, "load_test_split", load_test_split_once)
+    monkeypatch.setattr(images, "load_test_split", load_test_split_once)
     return App(tiny_dataset, tmp_path / "outputs")
 
 
@@ -98,7 +98,7 @@ def quick_plot(monkeypatch) -> None:
     """An empty plot: for the many tests that run the loop for something else."""
     from matplotlib.figure import Figure
 
-    monkeypatch.setattr(utils, "plot_results", lambda results, class_names: Figure(figsize=(1, 1)))
+    monkeypatch.setattr(utils, "plot_results", lambda *args: Figure(figsize=(1, 1)))
 
 
 def results(directory: Path, *, times: bool = False) -> list[dict]:

@@ -18,6 +18,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
 PROJECT = Path(__file__).parent.parent
+FACTS = {"image-shape": [1, 28, 28], "class-names": list("abcdefghij")}  # of ten classes of grey images
 Handler = Callable[[Message, Context], Message | list[Message] | None]
 
 

@@ -27,7 +27,7 @@ from deploy import local_federation
 from deploy.cli import PROJECT, FinishedRun
 from pytorch_example_low_level import client_app
 from tests.conftest import App, load_module, results
-from tests.grid import InProcessGrid, TimedGrid, make_context
+from tests.grid import FACTS, InProcessGrid, TimedGrid, make_context
 
 DOCS = "\n".join(p.read_text() for p in [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))])
 NODES = 5
@@ -296,7 +296,7 @@ def test_a_round_over_the_network_prints_the_documented_figures(superlink, monke
 def test_the_big_model_has_25_mb(monkeypatch, tmp_path):
     app = round_time.big_app(tmp_path / "app")
     module = load_module(app / "pytorch_example_low_level" / "task.py", "big_task", monkeypatch)
-    assert 25e6 < sum(p.numel() * 4 for p in module.make_model(1, 10).parameters()) < 25.5e6
+    assert 25e6 < sum(p.numel() * 4 for p in module.make_model(FACTS).parameters()) < 25.5e6
 
 
 def test_the_local_federation_prints_its_command_and_ends_at_ctrl_c(monkeypatch, tmp_path, capsys):

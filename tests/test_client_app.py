@@ -1,6 +1,7 @@
 """The handlers of a node, called through the ClientApp."""
 
 import inspect
+import math
 import time
 
 import datasets
@@ -10,10 +11,10 @@ import torch.nn.functional as F
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from torch import nn
 
-from pytorch_example_low_level import client_app, task
+from pytorch_example_low_level import client_app, images, task
 from pytorch_example_low_level.config import CODE, Purpose, RunConfig, random_stream
 from tests.conftest import model, results, same_bits
-from tests.grid import InProcessGrid, make_context, run_config
+from tests.grid import FACTS, InProcessGrid, make_context, run_config
 
 NODES = 3  # with partitions of 21 to 72 images
 SETTINGS = {
@@ -49,13 +50,13 @@ def settings(tiny_dataset) -> dict:
     return run_config(dataset=tiny_dataset, **SETTINGS)
 
 
-def local(dataset: str, partition: int) -> dict[str, task.Split]:
-    return task.load_partition(partition, NODES, dataset, "dirichlet", 0.5, 5)
+def local(dataset: str, partition: int) -> dict[str, images.Split]:
+    return images.load_partition(partition, NODES, dataset, "dirichlet", 0.5, 5)
 
 
-def trained_by_hand(data: task.Split, server_round: int, partition: int, lr: float, augment: bool):
+def trained_by_hand(data: images.Split, server_round: int, partition: int, lr: float, augment: bool):
     """The training that SETTINGS ask for, written down once more."""
-    net = task.initial_model(1, 10, seed=1)
+    net = task.initial_model(FACTS, seed=1)
     seed = int(random_stream(5, Purpose.TRAIN, server_round, partition).integers(2**63))
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.SGD(net.parameters(), lr=lr, momentum=0.7, fused=True)
@@ -80,7 +81,7 @@ def test_train_is_sgd_as_one_would_write_it(settings, tiny_dataset, augment):
     sizes = set()
     for server_round, partition in [(1, 0), (4, 2)]:
         data = local(tiny_dataset, partition)["train"]
-        content = instructions(task.initial_model(1, 10, seed=1), server_round=server_round, lr=0.03)
+        content = instructions(task.initial_model(FACTS, seed=1), server_round=server_round, lr=0.03)
         reply = ask(settings | {"augment": augment}, MessageType.TRAIN, content, partition)
         net, loss = trained_by_hand(data, server_round, partition, 0.03, augment)
         assert same_bits(reply.content["arrays"].to_torch_state_dict(), net.state_dict())
@@ -91,12 +92,14 @@ def test_train_is_sgd_as_one_would_write_it(settings, tiny_dataset, augment):
 
 
 def test_evaluate_takes_the_validation_split(settings, tiny_dataset):
-    net = task.initial_model(1, 10, seed=1).eval()
+    net = task.initial_model(FACTS, seed=1).eval()
     for partition in range(NODES):
         data = local(tiny_dataset, partition)["validation"]
         logits = net(task.normalise(data.images))
         reply = ask(settings, MessageType.EVALUATE, instructions(net, server_round=1), partition)
         assert reply.content.keys() == {"metrics"}
+        assert len(per_class := reply.content["metrics"].pop("eval_accuracy_per_class")) == 10
+        assert [math.isnan(value) for value in per_class] == [n not in data.labels for n in range(10)]
         assert reply.content["metrics"] == {
             "eval_loss": pytest.approx(F.cross_entropy(logits, data.labels).item(), rel=1e-5),
             "eval_acc": (logits.argmax(1) == data.labels).double().mean().item(),
@@ -141,14 +144,14 @@ def test_work_that_nobody_waits_for_is_not_begun(settings, message_type, monkeyp
 
 
 def test_training_ends_at_the_deadline(settings, monkeypatch):
-    local_split = client_app.local_split
+    local_data = client_app.local_data
 
     def load_until_late(*args):
-        data = local_split(*args)
+        data = local_data(*args)
         time.sleep(max(0.0, deadline - time.time() + 0.01))
         return data
 
-    monkeypatch.setattr(client_app, "local_split", load_until_late)
+    monkeypatch.setattr(client_app, "local_data", load_until_late)
     deadline = time.time() + 1
     content = instructions(task.Net(1, 10), server_round=1, lr=0.1, deadline=deadline)
     assert ask(settings, MessageType.TRAIN, content).error.reason == "the deadline passed during training"
@@ -163,13 +166,13 @@ def test_before_the_deadline_or_without_one_the_work_is_done(settings, deadline)
 
 def test_a_random_buffer_that_is_not_sent_is_that_of_the_server(settings, monkeypatch):
     class Mixing(task.Net):
-        def __init__(self, in_channels, num_classes):
-            super().__init__(in_channels, num_classes)
-            self.register_buffer("mix", torch.rand(num_classes), persistent=False)
+        def __init__(self, facts):
+            super().__init__(1, 10)
+            self.register_buffer("mix", torch.rand(10), persistent=False)
 
     monkeypatch.setattr(task, "make_model", Mixing)
     data = local(settings["dataset"], 0)["validation"]
-    server = task.initial_model(1, 10, settings["seed"])
+    server = task.initial_model(FACTS, settings["seed"])
     msg = Message(instructions(server), 1, MessageType.TRAIN)
     node = client_app.received_model(msg, data, RunConfig.from_context(make_context(settings)))
     assert torch.equal(node.mix, server.mix)
@@ -317,14 +320,17 @@ def test_a_node_with_other_channels_names_both(tmp_path, message_type):
     path = own_data(tmp_path, CLASSES, [0, 1] * 5, channels=3)
     content = instructions(task.Net(1, 3), server_round=1, lr=0.1, class_names=CLASSES)
     reason = ask(run_config(), message_type, content, data_path=path).error.reason
-    assert "the server's model does not fit images of 3 channels and 3 classes: " in reason
+    assert (
+        "the server's model does not fit data of {'class-names': ['ant', 'bee', 'cow'], 'image-shape': [3, 28, 28]}: "
+        in reason
+    )
     assert "[16, 1, 5, 5]" in reason  # the server's
 
 
 def test_the_split_of_a_nodes_own_data_stays_the_same(tmp_path, monkeypatch):
     """It depends on the partition, or on the id that the node has at its SuperLink."""
     asked = []
-    monkeypatch.setattr(task, "load_folder", lambda *args: asked.append(args) or {})
+    monkeypatch.setattr(images, "load_folder", lambda *args: asked.append(args) or {})
     content = instructions(task.Net(1, 3), server_round=1, lr=0.1)
     for node_config in ({}, {"partition_id": 7}):
         ask(run_config(seed=9), MessageType.TRAIN, content, data_path="/here", **node_config)
@@ -399,8 +405,8 @@ class Odd(nn.Module):
 
 
 def test_an_odd_model_goes_through_a_run_and_a_resumed_one(app, monkeypatch, quick_plot):
-    monkeypatch.setattr(task, "make_model", Odd)
-    before = task.initial_model(1, 10, 42).state_dict()
+    monkeypatch.setattr(task, "make_model", lambda facts: Odd(1, 10))
+    before = task.initial_model(FACTS, 42).state_dict()
     whole = app.run(opt_in_probability=1.0, momentum=0.9)
     after = model(whole)
     assert {name: (t.dtype, t.shape) for name, t in after.items()} == {n: (t.dtype, t.shape) for n, t in before.items()}
@@ -417,9 +423,9 @@ def test_an_odd_model_goes_through_a_run_and_a_resumed_one(app, monkeypatch, qui
 def test_a_resnet_of_torchvision_goes_through_a_round(app, monkeypatch, quick_plot):
     from torchvision.models.resnet import BasicBlock, ResNet
 
-    def make_model(in_channels: int, num_classes: int) -> nn.Module:
-        net = ResNet(BasicBlock, [1, 1, 1, 1], num_classes)
-        net.conv1 = nn.Conv2d(in_channels, 64, 7, stride=4, padding=3, bias=False)
+    def make_model(facts: task.Facts) -> nn.Module:
+        net = ResNet(BasicBlock, [1, 1, 1, 1], len(facts["class-names"]))
+        net.conv1 = nn.Conv2d(1, 64, 7, stride=4, padding=3, bias=False)
         return net
 
     monkeypatch.setattr(task, "make_model", make_model)

@@ -25,7 +25,7 @@ from benchmarks.simulation import LocalSuperLink
 from deploy.cli import FlowerCli, free_port, start, stop
 from deploy.local_federation import HOST, make_certificates, make_node_key
 from deploy.prepare_partitions import write_partitions
-from pytorch_example_low_level import __version__, messaging, task, utils
+from pytorch_example_low_level import __version__, images, messaging, server_app, utils
 from pytorch_example_low_level.config import OPERATIONAL, RunConfig, UserError
 from tests.conftest import results, wait_for
 from tests.grid import PROJECT, make_context
@@ -113,6 +113,19 @@ def test_each_module_is_listed_and_within_its_size():
     assert {name: lines for name, lines in modules.items() if lines > int(limits[name])} == {}
 
 
+def test_only_task_and_images_know_what_is_learned():
+    """What is left are names of other libraries, and what other Flower apps call accuracy in a message."""
+    words = re.compile(
+        r"\b(images?|pixels?|labels?|class[-_ ]names?|columns?|accurac(y|ies))\b|_(image|label|accuracy)", re.I
+    )
+    others = re.compile(r"wandb\.Image\(|\blabel=|Accuracy has that of|name == \"accuracy\"")
+    for name in ("server_app", "messaging", "utils", "client_app", "config"):
+        lines = (PROJECT / "pytorch_example_low_level" / f"{name}.py").read_text().splitlines()
+        kept = ("dataset", "partitioner", "dirichlet_alpha", "augment", "logit_adjustment")  # the task's settings
+        found = [line for line in lines if words.search(others.sub("", line)) and not line.strip().startswith(kept)]
+        assert found == [], name
+
+
 def test_the_names_that_the_readme_says_to_edit_exist():
     for _, where in table(section(README, "## Make the round your own"))[2:]:
         names = re.findall(r"`((?!\w+\.py`)[\w.]+)`", where)
@@ -152,7 +165,7 @@ def test_the_log_in_the_readme_is_one(app, caplog):
 def test_the_snippet_classifies_image_files(app, tiny_dataset, tmp_path, monkeypatch):
     directory = app.run(num_server_rounds=3, fraction_clients_train=1.0)
     info = json.loads((directory / "run_config.json").read_text())
-    split = task.load_test_split(tiny_dataset)
+    split = images.load_test_split(tiny_dataset)
     files = []
     for number, image in enumerate(split.images):
         files.append(tmp_path / f"{number}.png")
@@ -212,7 +225,8 @@ def test_the_keys_that_may_change_on_resuming_are_listed():
 
 def test_the_keys_of_results_json_are_listed_in_order():
     rows = table(section(REFERENCE, "### results.json"))
-    assert tuple(key for row in rows for key in re.findall(r"`(\w+)`", row[0])) == utils.RESULT_KEYS
+    keys = utils.result_keys(["loss", "accuracy", "accuracy_per_class"], server_app.SCORE)
+    assert [key for row in rows for key in re.findall(r"`(\w+)`", row[0])] == keys
 
 
 def test_the_files_of_a_run_are_listed(app):
@@ -256,14 +270,14 @@ def test_the_limits_in_the_reference_are_those_of_the_code():
         (messaging.MAX_WAITING, "8 models wait"),
         (messaging.MAX_TEXT, "1,000 characters"),
         (utils.PLOT_EVERY, "every 30 s"),
-        (task.MIN_PARTITION, "at least 5 images"),
+        (images.MIN_PARTITION, "at least 5 images"),
     ):
         assert words in " ".join(REFERENCE.split())
         assert (
             float(re.search(r"[\d,]{2,}|\d+e\d+|\d+", words.replace("between 1 and ", "")).group().replace(",", ""))
             == value
         )
-    assert f"{1 - task.VALIDATION_SHARE:.0%}".replace("%", " %") in REFERENCE
+    assert f"{1 - images.VALIDATION_SHARE:.0%}".replace("%", " %") in REFERENCE
     assert all(f"`{name}`" in section(REFERENCE, "## Data") for name in ("train", "test", "validation", "valid"))
 
 
@@ -419,7 +433,7 @@ def test_the_errors_that_are_quoted_are_those_of_the_code(tmp_path):
     quoted = re.search(r"UserError: (resume-from: .*is in use.*)", TROUBLESHOOTING).group(1)
     assert re.sub(r"(?<=resume-from: )\S+", str(tmp_path), quoted) == str(error.value)
     with pytest.raises(UserError, match="Cannot use dataset '/nowhere': there is no folder /nowhere -- Allowed: "):
-        task.load_test_split("/nowhere")
+        images.load_test_split("/nowhere")
 
 
 def test_the_wrong_settings_are_refused_by_flower():

@@ -38,7 +38,7 @@ LATE = {"nodes": 20, "num_server_rounds": 2, "query_timeout": 2.0, "query_max_de
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300 + 60 * len(ACTIONS))]
 FILES = {
     ".lock", "run_config.json", "results.json", "metrics.png", "final_model.pt",
-    "checkpoints/best.pt", "checkpoints/last.pt",
+    "checkpoints/best.pt", "checkpoints/last.pt", "node_results.jsonl",
 }  # fmt: skip
 
 
@@ -213,7 +213,7 @@ def test_the_fab_holds_the_app_readme_and_licence_and_nothing_else(tmp_path):
         names = {name for name in archive.namelist() if not name.startswith(".info/")}
         assert names == {"pyproject.toml", "README.md", "LICENSE"} | {
             f"pytorch_example_low_level/{m}.py"
-            for m in ("__init__", "client_app", "config", "messaging", "server_app", "task", "utils")
+            for m in ("__init__", "client_app", "config", "images", "messaging", "server_app", "task", "utils")
         }
         assert max(info.file_size for info in archive.infolist()) < 1_000_000  # the limit for publishing
     assert fab.stat().st_size < 10_000_000

@@ -18,6 +18,7 @@ from tests.conftest import model, results, same_bits
 
 pytestmark = pytest.mark.usefixtures("quick_plot")
 
+METRICS = {"loss": 1.0, "accuracy": 0.1, "accuracy_per_class": [None] * 10}
 FAULTY = 2  # the partition that misbehaves; the cohort is everybody
 ROUNDS = 2
 
@@ -363,7 +364,7 @@ def test_a_run_in_which_all_are_faulty_says_that_it_learned_nothing(app):
 
 
 def test_a_model_that_diverged_leaves_null_and_no_nan(app, monkeypatch):
-    monkeypatch.setattr(task, "test", lambda *args: (math.nan, 0.1, [None] * 10))
+    monkeypatch.setattr(task, "test", lambda *args: METRICS | {"loss": math.nan})
     directory = run_with(app, only(MessageType.EVALUATE, honest))
     assert [row["centralized_loss"] for row in results(directory)] == [None] * 3
     assert "NaN" not in (directory / "results.json").read_text()

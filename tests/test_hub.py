@@ -96,9 +96,9 @@ def test_the_published_app_loads_up_to_its_images_which_it_takes_from_the_hub(fo
         "print(server_app.__file__, type(server_app.app).__name__, type(client_app.app).__name__)\n"
         "logging.basicConfig(stream=sys.stdout, format='%(message)s')\n"
         "logging.getLogger('flwr').setLevel('INFO')\n"
-        "from pytorch_example_low_level import task\n"
+        "from pytorch_example_low_level import images\n"
         "try:\n"
-        "    task.load_test_split('fashion-mnist-sample')\n"
+        "    images.load_test_split('fashion-mnist-sample')\n"
         "except ValueError as error:\n"
         "    print('error:', error)\n"
     )

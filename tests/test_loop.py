@@ -11,15 +11,16 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricReco
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 
-from pytorch_example_low_level import client_app, messaging, task, utils
+from pytorch_example_low_level import client_app, images, messaging, server_app, task, utils
 from pytorch_example_low_level.config import CODE, UserError
 from tests.conftest import model, results, same_bits
-from tests.grid import InProcessGrid, TimedGrid
+from tests.grid import FACTS, InProcessGrid, TimedGrid
 
 pytestmark = pytest.mark.usefixtures("quick_plot")
 
 
-FEDERATED = [key for key in utils.RESULT_KEYS if key.startswith("federated")]
+RESULT_KEYS = tuple(utils.result_keys(["loss", "accuracy", "accuracy_per_class"], server_app.SCORE))
+FEDERATED = [key for key in RESULT_KEYS if key.startswith("federated")]
 
 
 def by_round(grid: InProcessGrid, message_type: str) -> dict[int, list[Message]]:
@@ -36,28 +37,34 @@ def test_a_run_leaves_the_promised_files_and_figures(app):
     files = {str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file()}
     assert files - {".lock"} == {
         "run_config.json", "results.json", "metrics.png", "final_model.pt",
-        "checkpoints/best.pt", "checkpoints/last.pt",
+        "checkpoints/best.pt", "checkpoints/last.pt", "node_results.jsonl",
     }  # fmt: skip
     rows = results(directory, times=True)
     assert [row["round"] for row in rows] == [0, 1, 2, 3]
     assert [row["lr"] for row in rows] == [None, 0.05, 0.05, 0.025]
-    assert all(tuple(row) == utils.RESULT_KEYS for row in rows)
+    assert all(tuple(row) == RESULT_KEYS for row in rows)
     assert all(value is None for key, value in rows[0].items() if key[:11] not in ("round", "centralized"))
     for row in rows[1:]:
         counts = ("nodes_available", "train_sampled", "train_received", "query_sent", "opted_in", "evaluate_received")
         assert [row[k] for k in counts] == [5, 3, 3, 5, 5, 5]
         assert row["train_failed"] == row["train_rejected"] == row["evaluate_failed"] == 0
-        figures = [value for key, value in row.items() if key != "centralized_accuracy_per_class"]
+        figures = [value for key, value in row.items() if "per_class" not in key]
         assert all(isinstance(value, int | float) and math.isfinite(value) for value in figures)
     assert len(pd.read_json(directory / "results.json")) == 4
+    nodes = pd.read_json(directory / "node_results.jsonl", lines=True)
+    assert nodes["round"].tolist() == [1] * 5 + [2] * 5 + [3] * 5
+    assert nodes["node"].tolist() == [f"partition {number}" for number in range(5)] * 3
+    for row, (_, of_round) in zip(rows[1:], nodes.groupby("round"), strict=True):
+        mean = (of_round["accuracy"] * of_round["num_examples"]).sum() / of_round["num_examples"].sum()
+        assert row["federated_evaluate_accuracy"] == pytest.approx(mean)
 
     accuracies = [row["centralized_accuracy"] for row in rows]
-    net = task.make_model(1, 10)
+    net = task.make_model(FACTS)
     net.load_state_dict(model(directory, "checkpoints/best.pt"))
-    test_split = task.load_test_split(app.config()["dataset"])
-    assert task.test(net, test_split, torch.device("cpu"))[1] == max(accuracies)
+    test_split = images.load_test_split(app.config()["dataset"])
+    assert task.test(net, test_split, torch.device("cpu"))["accuracy"] == max(accuracies)
     net.load_state_dict(model(directory))
-    assert task.test(net, test_split, torch.device("cpu"))[1] == accuracies[-1]
+    assert task.test(net, test_split, torch.device("cpu"))["accuracy"] == accuracies[-1]
     assert (directory / "metrics.png").read_bytes()[:4] == b"\x89PNG"
     config = json.loads((directory / "run_config.json").read_text())
     assert config.pop("versions").keys() == {"flwr", "flwr-datasets", "torch", "numpy", "app", "python"}
@@ -69,7 +76,7 @@ def test_a_run_leaves_the_promised_files_and_figures(app):
 
 def test_the_accuracy_of_each_class_is_recorded(app):
     """The mean over the classes, weighted by their images, is the accuracy."""
-    labels = task.load_test_split(app.config()["dataset"]).labels
+    labels = images.load_test_split(app.config()["dataset"]).labels
     counts = torch.bincount(labels, minlength=10).double()
     for row in results(app.run()):
         per_class = torch.tensor([math.nan if a is None else a for a in row["centralized_accuracy_per_class"]]).double()
@@ -129,7 +136,7 @@ def test_the_messages_are_those_of_the_contract(app):
     app.run(grid, opt_in_probability=1.0, lr_decay_every=1, query_max_delay=0.01)
     train, query, evaluate = (by_round(grid, t) for t in (MessageType.TRAIN, MessageType.QUERY, MessageType.EVALUATE))
     assert len(grid.sent) == 2 * (3 + 5 + 5)
-    names = list(task.load_test_split(app.config()["dataset"]).class_names)
+    facts = images.load_test_split(app.config()["dataset"]).facts
 
     def config_of(message: Message, timeout: float) -> dict:
         config = dict(message.content["config"])
@@ -140,15 +147,15 @@ def test_the_messages_are_those_of_the_contract(app):
         assert [len(m[server_round]) for m in (train, query, evaluate)] == [3, 5, 5]
         sent = train[server_round][0]
         assert config_of(sent, 600) == {
-            "server-round": server_round, "lr": lr, "app": CODE, "class-names": names,
+            "server-round": server_round, "lr": lr, "app": CODE, **facts,
         }  # fmt: skip
         assert config_of(query[server_round][0], 2) == {"server-round": server_round, "max-delay": 0.01}
         assert config_of(evaluate[server_round][0], 600) == {
-            "server-round": server_round, "app": CODE, "class-names": names,
+            "server-round": server_round, "app": CODE, **facts,
         }  # fmt: skip
         assert sent.content.keys() == evaluate[server_round][0].content.keys() == {"arrays", "config"}
         assert query[server_round][0].content.keys() == {"config"}
-        assert sent.content["arrays"].keys() == task.make_model(1, 10).state_dict().keys()
+        assert sent.content["arrays"].keys() == task.make_model(FACTS).state_dict().keys()
         assert sent.content["arrays"] is train[server_round][1].content["arrays"]  # one copy for all nodes
     # What is evaluated is what was aggregated, and it is trained on in the next round.
     assert evaluate[1][0].content["arrays"].object_id == train[2][0].content["arrays"].object_id
@@ -277,10 +284,10 @@ def test_the_federated_evaluation_comes_every_so_many_rounds(app):
 def test_the_plot_copes_with_rounds_without_evaluation(app, monkeypatch):
     rows = results(app.run(num_server_rounds=3, evaluate_every=2, opt_in_probability=1.0))
     monkeypatch.undo()  # the real plot
-    figure = utils.plot_results(rows, list("abcdefghij"))
+    figure = utils.plot_results(rows, FACTS, server_app.SCORE)
     (line,) = [line for line in figure.axes[0].lines if line.get_label().startswith("federated mean")]
     assert list(line.get_xdata()) == [2, 3]
-    never = utils.plot_results(rows[:1], list("abcdefghij"))
+    never = utils.plot_results(rows[:1], FACTS, server_app.SCORE)
     assert [len(line.get_xdata()) for line in never.axes[0].lines[:2]] == [1, 0]
 
 
@@ -289,7 +296,7 @@ def test_the_plot_copes_with_rounds_without_evaluation(app, monkeypatch):
 
 def test_a_long_central_evaluation_costs_no_node_its_place(app, monkeypatch):
     """It takes ten times `query-timeout`: prompt answers to the queries are used, late ones are not."""
-    real, central = task.test, task.load_test_split(app.config()["dataset"])
+    real, central = task.test, images.load_test_split(app.config()["dataset"])
 
     def slow(net, data, *args):
         time.sleep(1.5 if data is central and grid.sent else 0)  # not in round 0
@@ -386,7 +393,7 @@ def test_a_federation_is_resumed_with_other_nodes(app):
 
 def test_this_client_app_runs_under_flowers_fedavg(app):
     grid = app.grid()
-    arrays = ArrayRecord(task.initial_model(1, 10, 0).state_dict())
+    arrays = ArrayRecord(task.initial_model(FACTS, 0).state_dict())
     config = ConfigRecord({"lr": 0.05})
     result = FedAvg(fraction_train=0.6).start(grid, arrays, num_rounds=2, train_config=config, timeout=30)
     assert set(result.train_metrics_clientapp) == set(result.evaluate_metrics_clientapp) == {1, 2}
@@ -400,7 +407,7 @@ def tutorial_client_app() -> ClientApp:
 
     @app.train()
     def train(msg, context):
-        net = task.make_model(1, 10)
+        net = task.make_model(FACTS)
         net.load_state_dict(msg.content["arrays"].to_torch_state_dict())
         optimizer = torch.optim.Adam(net.parameters(), lr=msg.content["config"]["lr"])
         loss = torch.nn.functional.cross_entropy(net(torch.ones(8, 1, 28, 28)), torch.ones(8, dtype=torch.long))

@@ -10,15 +10,18 @@ from pytorch_example_low_level import server_app, utils
 from pytorch_example_low_level.config import RunConfig
 from tests.conftest import results
 from tests.grid import make_context
-from tests.test_utils import recorder
+from tests.test_utils import SCORE, recorder
 from tests.wandb_files import expected_history, history_of, own, records_of, wandb_folder
+
+METRICS = ["loss", "accuracy", "accuracy_per_class"]
+KEYS = utils.result_keys(METRICS, SCORE)
 
 # -------------------------------------------------------------------------------- The plot
 
 
 def rows_with(**columns: list) -> list[dict]:
     count = len(next(iter(columns.values())))
-    return [utils.new_row(r) | {key: values[r] for key, values in columns.items()} for r in range(count)]
+    return [utils.new_row(KEYS, r) | {key: values[r] for key, values in columns.items()} for r in range(count)]
 
 
 def test_the_plot_shows_the_curves_and_leaves_out_what_is_null():
@@ -33,20 +36,21 @@ def test_the_plot_shows_the_curves_and_leaves_out_what_is_null():
         federated_evaluate_accuracy_min=[n, n, 0.3, 0.2],
         federated_evaluate_loss=[n, n, 1.5, 1.25],
         federated_evaluate_loss_std=[n, n, 0.5, 0.25],
+        centralized_accuracy_per_class=[[0.5]] * 4,
     )
-    left, middle, right = utils.plot_results(rows, []).axes
+    left, middle, right, _ = utils.plot_results(rows, {}, SCORE).axes
     assert [axes.get_xlabel() for axes in (left, middle, right)] == ["round"] * 3
-    assert (left.get_ylabel(), middle.get_ylabel()) == ("accuracy", "loss (cross-entropy)")
+    assert (left.get_ylabel(), middle.get_ylabel()) == ("accuracy", "loss")
     assert [axes.get_title() for axes in (left, middle, right)] == [
-        "Accuracy", "Loss", "Central accuracy of each class"
+        "Accuracy", "Loss", "Accuracy per class"
     ]  # fmt: skip
     curves = [[line.get_xdata().tolist(), line.get_ydata().tolist()] for line in left.lines]
     assert curves == [
         [[0, 1, 2, 3], [0.0, 0.1, 0.2, 0.3]],
         [[2, 3], [0.5, 0.6]],
-        [[2, 3], [0.45, 0.55]],
-        [[2, 3], [0.4, 0.5]],
         [[2, 3], [0.3, 0.2]],
+        [[2, 3], [0.4, 0.5]],
+        [[2, 3], [0.45, 0.55]],
     ]
     curves = [[line.get_xdata().tolist(), line.get_ydata().tolist()] for line in middle.lines]
     assert curves == [[[0, 2, 3], [2.0, 1.0, 0.5]], [[2, 3], [1.5, 1.25]]]
@@ -58,25 +62,45 @@ def test_the_plot_shows_the_curves_and_leaves_out_what_is_null():
     labels = [text.get_text() for text in left.get_legend().get_texts()]
     assert labels == [
         "central (test split)", "federated mean (opted-in nodes)", "± 1 std over nodes",
-        "median node", "10th percentile", "worst node",
+        "nodes: min", "nodes: p10", "nodes: median",
     ]  # fmt: skip
     assert len({(line.get_linestyle(), line.get_marker(), line.get_color()) for line in left.lines}) == 5
 
 
 def test_the_plot_shows_the_accuracy_of_each_class():
     table = [None, [0.0, None, 0.5], [0.25, None, 1.0]]
-    _, _, right, bar = utils.plot_results(rows_with(centralized_accuracy_per_class=table), ["a", "b", "c"]).axes
+    _, _, right, _ = utils.plot_results(
+        rows_with(centralized_accuracy_per_class=table), {"names": ["a", "b", "c"]}, SCORE
+    ).axes
     (image,) = right.images
     assert image.get_array().filled(-1).tolist() == [[0.0, 0.25], [-1, -1], [0.5, 1.0]]  # classes over rounds
     assert tuple(image.get_extent()) == (0.5, 2.5, 2.5, -0.5)  # each class and each round has a field of size 1
     assert image.get_clim() == (0, 1)
     assert [text.get_text() for text in right.get_yticklabels()] == ["a", "b", "c"]
-    assert bar.get_ylabel() == "accuracy"
-    money = utils.plot_results(rows_with(centralized_accuracy_per_class=table), ["1 $", "2 $", "3"])
+    money = utils.plot_results(rows_with(centralized_accuracy_per_class=table), {"names": ["1 $", "2 $", "3"]}, SCORE)
     money.savefig(io.BytesIO())  # a formula in Matplotlib's eyes
     many = [str(number) for number in range(31)]
-    figure = utils.plot_results(rows_with(centralized_accuracy_per_class=[[0.5] * 31]), many)
+    figure = utils.plot_results(rows_with(centralized_accuracy_per_class=[[0.5] * 31]), {"names": many}, SCORE)
     assert len(figure.axes[2].get_yticks()) < 31
+
+
+def test_the_plot_shows_each_metric_the_score_first():
+    keys = utils.result_keys(["loss", "counts", "auc", "f1"], "auc")
+    rows = [dict.fromkeys(keys) | {"round": r, "centralized_counts": [3, 70], "centralized_auc": 0.5} for r in range(3)]
+    figure = utils.plot_results(rows, {}, "auc")
+    assert [axes.get_title() for axes in figure.axes[:6]] == ["Auc", "Loss", "Counts", "F1", "", ""]
+    assert figure.axes[2].images[0].get_clim() == (3, 70)
+    assert [text.get_text() for text in figure.axes[2].get_yticklabels()] == ["0", "1"]  # no fact names two elements
+    assert len(figure.axes[0].lines) == 5
+    figure.savefig(io.BytesIO())
+    utils.plot_results([], {}, "auc").savefig(io.BytesIO())
+
+
+def test_a_list_has_the_names_of_the_only_fact_that_fits():
+    facts = {"shape": [1, 2], "names": ["a", "b"]}
+    assert utils.element_names([0.5, 0.5], facts) == ["a", "b"]
+    assert utils.element_names([0.5, 0.5], facts | {"others": ["c", "d"]}) == ["0", "1"]
+    assert utils.element_names([0.5] * 3, facts) == ["0", "1", "2"]
 
 
 def test_the_plot_is_drawn_while_a_run_goes_on(tmp_path, monkeypatch):
@@ -86,13 +110,13 @@ def test_the_plot_is_drawn_while_a_run_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(utils.time, "monotonic", lambda: now)
     drawn = []
 
-    def plot(rows, class_names):
-        drawn.append((now - start, len(rows), class_names))
+    def plot(rows, facts, score):
+        drawn.append((now - start, len(rows), facts["names"]))
         return SimpleNamespace(savefig=lambda file, **options: file.write(b"picture"))
 
     monkeypatch.setattr(utils, "plot_results", plot)
     for server_round, now in enumerate([start + 10, start + 31, start + 40, start + 61.5]):  # noqa: B007
-        one.commit(utils.new_row(server_round))
+        one.commit(utils.new_row([], server_round))
     assert drawn == [(pytest.approx(31), 2, ["a", "b"]), (pytest.approx(61.5), 4, ["a", "b"])]
     assert (tmp_path / "metrics.png").read_bytes() == b"picture"
 
@@ -133,7 +157,7 @@ def test_an_offline_run_holds_all_that_results_json_has(app, quick_plot, caplog)
     history = history_of(folder)
     for logged, expected in zip(own(history), expected_history(directory), strict=True):
         assert logged == expected
-    histograms = [values.get("client_accuracies/values") for values in history]
+    histograms = [values.get("client_accuracy/values") for values in history]
     assert histograms[:2] == [None, None]
     assert [(len(counts), sum(counts)) for counts in histograms[2:]] == [(20, 5)] * 2  # bins, nodes
 

@@ -265,6 +265,8 @@ def test_updates_are_added_one_by_one_and_never_held():
 
 MODEL = {"w": torch.tensor([[1.0, 2.0], [3.0, -4.0]]), "d": torch.tensor([0.1, 0.2]).double(), "n": torch.tensor(5)}
 INSTRUCTIONS = {"server-round": 3, "lr": 0.25, "class-names": ["a", "b"]}
+CENTRAL = {"loss": 1.0, "accuracy": 0.5}
+KEYS = utils.result_keys(CENTRAL, server_app.SCORE)
 CONFIG = config_with(train_timeout=30.0, query_timeout=30.0, evaluate_timeout=30.0, query_max_delay=0.125)
 
 
@@ -345,8 +347,11 @@ def test_an_error_is_no_opt_in_and_is_named(grid, caplog):
 
 def test_the_federated_figures_by_hand(grid, caplog):
     caplog.set_level("INFO", logger="flwr")
-    accuracies, row = evaluate(Mailbox(grid), connected_nodes(grid), MODEL, INSTRUCTIONS, CONFIG)
-    assert accuracies == [0.0, 0.25, 0.5]
+    reports, row = evaluate(Mailbox(grid), connected_nodes(grid), MODEL, INSTRUCTIONS, CENTRAL, CONFIG)
+    assert reports == [
+        {"node": f"partition {place}", "num_examples": place + 1, "loss": 1.0 + place, "accuracy": place / 4}
+        for place in range(3)
+    ]
     assert row == pytest.approx({
         "evaluate_received": 3,
         "evaluate_failed": 0,
@@ -365,12 +370,66 @@ def test_the_federated_figures_by_hand(grid, caplog):
     assert same_bits(grid.sent[0].content["arrays"].to_torch_state_dict(), MODEL)
 
 
+def test_a_further_metric_is_averaged_over_the_nodes_that_have_it(grid, caplog):
+    """A number, and a list with an element that one node lacks."""
+    caplog.set_level("INFO", logger="flwr")
+    nan = math.nan
+    further = [
+        {"eval_auc": 0.5, "eval_f1": [0.0, nan]},
+        {"eval_f1": [1.0, 0.5]},
+        {"eval_auc": 1.0, "eval_f1": [1.0, nan]},
+    ]
+
+    def reports_more(msg, context):
+        place = int(context.node_config["partition-id"])
+        reply = honest(msg, context)
+        metrics = MetricRecord({**reply.content["metrics"], **further[place]})
+        return Message(RecordDict({"metrics": metrics}), reply_to=msg)
+
+    grid.client_app = reports_more
+    central = CENTRAL | {"auc": 0.75, "f1": [0.5, None]}
+    reports, row = evaluate(Mailbox(grid), connected_nodes(grid), MODEL, INSTRUCTIONS, central, CONFIG)
+    assert [(report["auc"], report["f1"]) for report in reports] == [
+        (0.5, [0.0, None]), (None, [1.0, 0.5]), (1.0, [1.0, None])
+    ]  # fmt: skip
+    assert row["federated_evaluate_auc"] == pytest.approx((1 * 0.5 + 3 * 1.0) / 4)
+    assert row["federated_evaluate_auc_std"] == pytest.approx(math.sqrt((1 * 0.375**2 + 3 * 0.125**2) / 4))
+    assert row["federated_evaluate_f1"] == pytest.approx([(0 + 2 + 3) / 6, 0.5])
+    assert row["federated_evaluate_f1_std"] == pytest.approx(
+        [math.sqrt((1 * (5 / 6) ** 2 + 5 * (1 / 6) ** 2) / 6), 0.0]
+    )
+    assert info(caplog)[-1].endswith("/ accuracy: 0.333±0.186 / auc: 0.875±0.217")
+
+
+@pytest.mark.parametrize(
+    ("metrics", "reason"),
+    [
+        ({"eval_f1": [0.5]}, "eval_f1 is [0.5], not a finite number"),  # another length
+        ({"eval_f1": [0.5, math.inf]}, "eval_f1 is inf, not a finite number"),
+        ({"eval_auc": math.nan}, "eval_auc is nan, not a finite number"),
+        ({"eval_auc": [0.5]}, "eval_auc is [0.5], not a finite number"),
+    ],
+)
+def test_a_further_metric_that_is_impossible_is_rejected(grid, caplog, metrics, reason):
+    def claims(msg, context):
+        wrong = MetricRecord({"eval_loss": 1.0, "eval_acc": 0.5, "num-examples": 1, **metrics})
+        return Message(RecordDict({"metrics": wrong}), reply_to=msg)
+
+    grid.handlers = {1: claims}
+    central = CENTRAL | {"auc": 0.75, "f1": [0.5, None]}
+    reports, _ = evaluate(Mailbox(grid), connected_nodes(grid), MODEL, INSTRUCTIONS, central, CONFIG)
+    assert len(reports) == 2
+    assert reason in caplog.text
+
+
 @pytest.mark.parametrize("nobody", [True, False])
 def test_without_results_the_federated_figures_are_null(grid, caplog, nobody):
     caplog.set_level("INFO", logger="flwr")
     grid.client_app = fails
-    accuracies, row = evaluate(Mailbox(grid), [] if nobody else connected_nodes(grid), MODEL, INSTRUCTIONS, CONFIG)
-    assert accuracies == []
+    reports, row = evaluate(
+        Mailbox(grid), [] if nobody else connected_nodes(grid), MODEL, INSTRUCTIONS, CENTRAL, CONFIG
+    )
+    assert reports == []
     assert row == {"evaluate_received": 0, "evaluate_failed": 0 if nobody else 3}  # the others stay null
     assert info(caplog)[-1] == "📊 Federated evaluation -> no node took part"
 
@@ -382,27 +441,27 @@ def test_an_accuracy_is_between_0_and_1(grid, caplog, accuracy, used):
         return Message(RecordDict({"metrics": metrics}), reply_to=msg)
 
     grid.handlers = {1: claims}
-    accuracies, row = evaluate(Mailbox(grid), connected_nodes(grid), MODEL, INSTRUCTIONS, CONFIG)
-    assert row["evaluate_received"] == len(accuracies) == (3 if used else 2)
+    reports, row = evaluate(Mailbox(grid), connected_nodes(grid), MODEL, INSTRUCTIONS, CENTRAL, CONFIG)
+    assert row["evaluate_received"] == len(reports) == (3 if used else 2)
     assert (f"eval_acc is {accuracy}, not between 0 and 1" in caplog.text) != used
 
 
-def test_a_central_loss_that_is_no_number_is_null(monkeypatch):
+def test_a_central_figure_that_is_no_number_is_null(monkeypatch, caplog):
+    caplog.set_level("INFO", logger="flwr")
     net = torch.nn.Linear(2, 2)
     for loss, recorded in ((math.nan, None), (math.inf, None), (0.5, 0.5)):
-        monkeypatch.setattr(task, "test", lambda *args, loss=loss: (loss, 0.25, [0.5, None]))
-        row = evaluate_centrally(net, net.state_dict(), None, torch.device("cpu"))
-        assert row == {
-            "centralized_loss": recorded,
-            "centralized_accuracy": 0.25,
-            "centralized_accuracy_per_class": [0.5, None],
-        }
+        metrics = {"loss": loss, "accuracy": 0.25, "auc": None, "accuracy_per_class": [0.5, None, math.nan]}
+        monkeypatch.setattr(task, "test", lambda *args, metrics=metrics: metrics)
+        assert evaluate_centrally(net, net.state_dict(), None, torch.device("cpu")) == {
+            "loss": recorded, "accuracy": 0.25, "auc": None, "accuracy_per_class": [0.5, None, None],
+        }  # fmt: skip
+    assert info(caplog)[-1] == "💡 Centrally evaluated model -> loss:  0.5000 /  accuracy:  0.2500"
 
 
 def test_the_central_evaluation_is_of_the_model_it_is_given(monkeypatch):
     net, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
     seen = []
-    monkeypatch.setattr(task, "test", lambda net, *args: seen.append(net.state_dict()) or (1, 1, []))
+    monkeypatch.setattr(task, "test", lambda net, *args: seen.append(net.state_dict()) or {"loss": 1.0})
     evaluate_centrally(net, other.state_dict(), None, torch.device("cpu"))
     assert same_bits(seen[0], other.state_dict())
 
@@ -471,9 +530,11 @@ NEAR_ARRAYS = mostly(dict(HONEST), {name: lies_about(name) for name in HONEST} |
     ArrayRecord
 )
 ARRAYS = st.one_of(NEAR_ARRAYS, st.dictionaries(WORDS, lies_about(), max_size=3).map(ArrayRecord))
-TRUE_METRICS = {"train_loss": 0.5, "eval_loss": 0.5, "eval_acc": 0.5, "num-examples": 2}
+TRUE_METRICS = {"train_loss": 0.5, "eval_loss": 0.5, "eval_acc": 0.5, "eval_f1": [0.5, 1.0], "num-examples": 2}
+LIED_ABOUT = CENTRAL | {"f1": [0.5, 0.5]}
 NEAR_METRICS = mostly(TRUE_METRICS, dict.fromkeys([*TRUE_METRICS, "more"], NUMBERS)).map(MetricRecord)
-METRICS = st.one_of(NEAR_METRICS, st.dictionaries(WORDS, NUMBERS, max_size=3).map(MetricRecord))
+NO_LOSS = mostly(TRUE_METRICS, {"train_loss": NUMBERS}).map(MetricRecord)
+METRICS = st.one_of(NEAR_METRICS, NO_LOSS, st.dictionaries(WORDS, NUMBERS, max_size=3).map(MetricRecord))
 CONFIGS = st.dictionaries(WORDS | st.just("opt-in"), SETTING, max_size=3).map(ConfigRecord)
 ANY_RECORD = st.one_of(ARRAYS, METRICS, CONFIGS)
 TRUTH = {
@@ -484,6 +545,7 @@ TRUTH = {
 CONTENT = st.one_of(
     mostly(TRUTH, {"arrays": NEAR_ARRAYS}),
     mostly(TRUTH, {"metrics": NEAR_METRICS}),
+    mostly(TRUTH, {"metrics": NO_LOSS}),
     mostly(TRUTH, {"config": CONFIGS}),
     mostly(TRUTH, dict.fromkeys([*TRUTH, "more"], ANY_RECORD)),
     st.dictionaries(WORDS, ANY_RECORD, max_size=3),
@@ -517,18 +579,18 @@ def a_round(lies: dict) -> tuple[dict, dict, list[int], list[str]]:
         batch, model, loss = train(mailbox, everyone, MODEL, INSTRUCTIONS, CONFIG)
         lines.lines.insert(0, batch.log_faults())
         opted_in = collect_opt_ins(mailbox, send_queries(mailbox, everyone, 3, CONFIG))
-        accuracies, figures = evaluate(mailbox, everyone, MODEL, INSTRUCTIONS, CONFIG)
+        reports, figures = evaluate(mailbox, everyone, MODEL, INSTRUCTIONS, LIED_ABOUT, CONFIG)
     finally:
         log.handlers[:], log.propagate = handlers, propagate
         log.setLevel(level)
-    row = {"train_loss": loss, "train_received": batch.received, "accuracies": accuracies, **figures}
+    row = {"train_loss": loss, "train_received": batch.received, "reports": reports, **figures}
     assert batch.received + batch.failed + batch.rejected == 3
     return row, model, [grid.partition(node.node_id) for node in opted_in], lines.lines
 
 
 NO = Error(code=0, reason="no")
 WITHOUT = a_round({MessageType.TRAIN: NO, MessageType.QUERY: NO, MessageType.EVALUATE: NO})
-FEDERATED = [key for key in WITHOUT[0] if key[:9] in ("federated", "accuracie")]
+FEDERATED = [key for key in WITHOUT[0] if key[:9] in ("federated", "reports")]
 
 
 def check(lies: dict) -> str:
@@ -598,16 +660,16 @@ def test_a_row_with_the_largest_figures_allowed_is_json(grid):
     batch, model, loss = train(mailbox, connected_nodes(grid), MODEL, INSTRUCTIONS, CONFIG)
     assert batch.received == 3
     assert all(tensor.double().isfinite().all() for tensor in model.values())
-    _, row = evaluate(mailbox, connected_nodes(grid), MODEL, INSTRUCTIONS, CONFIG)
+    _, row = evaluate(mailbox, connected_nodes(grid), MODEL, INSTRUCTIONS, CENTRAL, CONFIG)
     assert row["evaluate_received"] == 3
-    json.dumps(utils.new_row(1) | row | {"train_loss": loss}, allow_nan=False)
+    json.dumps(utils.new_row(KEYS, 1) | row | {"train_loss": loss}, allow_nan=False)
 
 
 # ----------------------------------------------------------------------- Figures of a round
 
 
 def test_the_time_left_is_that_of_the_median_round_after_the_first():
-    rows = [utils.new_row(r) for r in range(4)]
+    rows = [utils.new_row(KEYS, r) for r in range(4)]
     for row, total in zip(rows[1:], (20.0, 3.5, 6.5), strict=True):  # round 0 has no time
         row["seconds_total"] = total
     rows[3] |= {"seconds_nodes": 1.0, "seconds_train": 2.0, "seconds_central": 3.0}

@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
+from pytorch_example_low_level import images as image_module
 from pytorch_example_low_level import task
 from pytorch_example_low_level.config import RunConfig, UserError
 from tests.conftest import load_module
-from tests.grid import PROJECT, make_context, run_config
+from tests.grid import FACTS, PROJECT, make_context, run_config
 
 CPU = torch.device("cpu")
 DIGITS = [str(digit) for digit in range(10)]
@@ -30,18 +31,18 @@ def config(**overrides) -> RunConfig:
     return RunConfig.from_context(make_context(run_config(**plain | overrides)))
 
 
-def train(net: nn.Module, data: task.Split, lr: float = 0.1, seed: int = 1, **overrides) -> float:
+def train(net: nn.Module, data: image_module.Split, lr: float = 0.1, seed: int = 1, **overrides) -> float:
     return task.train(net, data, config(**overrides), lr=lr, seed=seed, device=CPU)
 
 
-def split(n: int, channels: int = 1, size: int = 28, classes: int = 10) -> task.Split:
+def split(n: int, channels: int = 1, size: int = 28, classes: int = 10) -> image_module.Split:
     generator = torch.Generator().manual_seed(n)
     images = torch.randint(0, 256, (n, channels, size, size), dtype=torch.uint8, generator=generator)
-    return task.Split(images, torch.randint(0, classes, (n,), generator=generator), DIGITS[:classes])
+    return image_module.Split(images, torch.randint(0, classes, (n,), generator=generator), DIGITS[:classes])
 
 
-def black(labels: list[int], names: list[str] = BINARY) -> task.Split:
-    return task.Split(torch.zeros(len(labels), 1, 28, 28, dtype=torch.uint8), torch.tensor(labels), names)
+def black(labels: list[int], names: list[str] = BINARY) -> image_module.Split:
+    return image_module.Split(torch.zeros(len(labels), 1, 28, 28, dtype=torch.uint8), torch.tensor(labels), names)
 
 
 def equal(a: nn.Module, b: nn.Module) -> bool:
@@ -64,7 +65,7 @@ class Constant(nn.Module):
 
 @pytest.mark.parametrize(("channels", "size"), [(1, 28), (3, 32), (1, 32), (3, 28)])
 def test_the_net_takes_grey_and_rgb_images_of_both_sizes(channels, size):
-    net = task.make_model(channels, 7)
+    net = task.make_model({"image-shape": [channels, 28, 28], "class-names": list("abcdefg")})
     assert net(torch.zeros(2, channels, size, size)).shape == (2, 7)
 
 
@@ -74,7 +75,7 @@ def test_the_net_has_as_many_parameters_as_it_says():
 
 
 def test_the_net_is_the_one_of_its_layers():
-    net = task.initial_model(1, 10, seed=0)
+    net = task.initial_model(FACTS, seed=0)
     x = torch.randn(3, 1, 28, 28, generator=torch.Generator().manual_seed(0))
     h = x
     for conv, norm in ((net.conv1, net.norm1), (net.conv2, net.norm2)):
@@ -89,11 +90,11 @@ def test_the_net_is_the_one_of_its_layers():
 def test_initial_weights_depend_on_the_seed_alone():
     torch.manual_seed(1)
     before = torch.random.get_rng_state()
-    first = task.initial_model(1, 10, seed=5)
+    first = task.initial_model(FACTS, seed=5)
     assert torch.equal(torch.random.get_rng_state(), before)
     torch.manual_seed(2)
-    assert equal(first, task.initial_model(1, 10, seed=5))
-    assert not equal(first, task.initial_model(1, 10, seed=6))
+    assert equal(first, task.initial_model(FACTS, seed=5))
+    assert not equal(first, task.initial_model(FACTS, seed=6))
 
 
 def test_a_device_that_is_not_there_is_one_clear_error():
@@ -118,9 +119,8 @@ def test_auto_takes_cuda_then_mps_then_the_cpu(monkeypatch):
 def test_test_gives_the_exact_mean_whatever_the_batches():
     expected = (4 * -math.log(3 / 4) - math.log(1 / 4)) / 5
     for batch_size in (1, 2, 5, 100):  # 2: the last batch is short and must not weigh more
-        loss, accuracy, _ = task.test(Constant(), black([1, 1, 1, 1, 0]), CPU, batch_size)
-        assert loss == pytest.approx(expected, rel=1e-6)
-        assert accuracy == 0.8
+        metrics = task.test(Constant(), black([1, 1, 1, 1, 0]), CPU, batch_size)
+        assert metrics == {"loss": pytest.approx(expected, rel=1e-6), "accuracy": 0.8, "accuracy_per_class": [0.0, 1.0]}
 
 
 def test_the_accuracy_of_each_class_worked_out_by_hand():
@@ -132,11 +132,11 @@ def test_the_accuracy_of_each_class_worked_out_by_hand():
 
     images = torch.full((6, 1, 28, 28), 100, dtype=torch.uint8)
     images[:, 0, 0, 0] = torch.tensor([255, 0, 0, 0, 255, 255])
-    data = task.Split(images, torch.tensor([0, 0, 1, 1, 1, 2]), ["a", "b", "c", "d"])
+    data = image_module.Split(images, torch.tensor([0, 0, 1, 1, 1, 2]), ["a", "b", "c", "d"])
     for batch_size in (2, 500):
         result = task.test(Brightness(), data, CPU, batch_size)
-        assert result[2] == [1 / 2, 2 / 3, 0.0, None]  # class d has no image
-        assert result[1] == 1 / 2
+        assert result["accuracy_per_class"] == [1 / 2, 2 / 3, 0.0, None]  # class d has no image
+        assert result["accuracy"] == 1 / 2
 
 
 def test_test_and_train_on_the_same_net_go_together():
@@ -152,7 +152,7 @@ def test_test_and_train_on_the_same_net_go_together():
     train(net, data)
     assert net.training
     assert not any(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
-    assert task.test(net, data, CPU)[0] < first[0]
+    assert task.test(net, data, CPU)["loss"] < first["loss"]
 
 
 def test_train_reports_the_mean_loss_over_examples_and_epochs():
@@ -190,12 +190,12 @@ def test_logit_adjustment_worked_out_by_hand():
 def test_the_adjustment_is_not_part_of_the_evaluation():
     net = Constant()
     train(net, black([1, 1, 1]), lr=0.0, logit_adjustment=1.0)
-    assert task.test(net, black([1]), CPU)[0] == pytest.approx(-math.log(3 / 4), rel=1e-6)
+    assert task.test(net, black([1]), CPU)["loss"] == pytest.approx(-math.log(3 / 4), rel=1e-6)
 
 
 def test_without_adjustment_it_is_plain_cross_entropy():
     data, generator = split(12), torch.Generator().manual_seed(1)
-    net, plain = (task.initial_model(1, 10, seed=0).to(memory_format=torch.channels_last) for _ in range(2))
+    net, plain = (task.initial_model(FACTS, seed=0).to(memory_format=torch.channels_last) for _ in range(2))
     loss = train(net, data)
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.1, fused=True)
     losses = []
@@ -210,8 +210,8 @@ def test_without_adjustment_it_is_plain_cross_entropy():
 
 def test_a_node_with_one_class_only_and_a_class_no_node_has():
     """The class of all images gains less than by plain cross-entropy, and the others lose less."""
-    data = task.Split(split(20).images, torch.full((20,), 3), DIGITS)
-    nets = {tau: task.initial_model(1, 10, seed=0) for tau in (0.0, 1.0)}
+    data = image_module.Split(split(20).images, torch.full((20,), 3), DIGITS)
+    nets = {tau: task.initial_model(FACTS, seed=0) for tau in (0.0, 1.0)}
     before = nets[0.0].fc2.bias.detach().clone()
     for tau, net in nets.items():
         assert math.isfinite(train(net, data, logit_adjustment=tau))
@@ -244,7 +244,7 @@ def test_training_has_the_same_bits_for_the_same_seed():
     data = split(30)
 
     def run(seed: int, **overrides) -> nn.Module:
-        net = task.initial_model(1, 10, 0)
+        net = task.initial_model(FACTS, 0)
         torch.rand(3)  # whatever else the process draws
         before = torch.random.get_rng_state()
         train(net, data, seed=seed, **overrides)
@@ -296,7 +296,9 @@ def test_batch_norm_trains_though_one_image_is_left_over():
 
 
 def test_dropout_is_repeatable():
-    alike = task.Split(split(1).images.repeat(8, 1, 1, 1), torch.full((8,), 3), DIGITS)  # so that no order matters
+    alike = image_module.Split(
+        split(1).images.repeat(8, 1, 1, 1), torch.full((8,), 3), DIGITS
+    )  # so that no order matters
 
     def run(seed: int) -> nn.Module:
         torch.manual_seed(0)
@@ -310,7 +312,7 @@ def test_dropout_is_repeatable():
 
 
 def test_frozen_and_unused_parameters_stay_and_the_others_learn():
-    net = task.initial_model(1, 10, seed=0)
+    net = task.initial_model(FACTS, seed=0)
     net.unused = nn.Linear(2, 2)
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     net.conv1.requires_grad_(False)
@@ -356,7 +358,7 @@ def test_a_model_may_use_view():
 
     net, data = Viewing(), split(10, channels=3, size=32)
     assert train(net, data) > 0
-    assert task.test(net, data, CPU)[0] > 0
+    assert task.test(net, data, CPU)["loss"] > 0
 
 
 def test_augmentation_shifts_and_mirrors_whole_images():
@@ -391,7 +393,7 @@ def test_augmentation_keeps_the_channels_of_a_pixel_together():
 
 
 def load(dataset: str, partition: int = 0, of: int = 4, how: str = "iid", alpha: float = 1.0, seed: int = 42):
-    return task.load_partition(partition, of, dataset, how, alpha, seed)
+    return image_module.load_partition(partition, of, dataset, how, alpha, seed)
 
 
 @pytest.mark.parametrize("how", ["iid", "dirichlet"])
@@ -417,13 +419,13 @@ def test_each_image_keeps_its_label(tiny_dataset):
 
 def test_the_split_of_a_partition_is_random_and_repeatable(tiny_dataset):
     first = load(tiny_dataset)["validation"].images
-    task.load_partition.cache_clear()
+    image_module.load_partition.cache_clear()
     assert torch.equal(first, load(tiny_dataset)["validation"].images)
     # IID partitions are dealt with the same seed, so what differs here is the split.
-    everything = task._to_split(task.partitions(tiny_dataset, "iid", 4, 1.0, 42).load_partition(0))
+    everything = image_module._to_split(image_module.partitions(tiny_dataset, "iid", 4, 1.0, 42).load_partition(0))
     places = [(everything.images == image).flatten(1).all(1).nonzero()[0].item() for image in first]
     assert sorted(places) != places  # neither the first rows nor the last
-    other = task._train_and_validation(everything, 42, 1)["validation"].images
+    other = image_module._train_and_validation(everything, 42, 1)["validation"].images
     assert not torch.equal(first, other)
 
 
@@ -447,14 +449,14 @@ def test_arrow_columns_give_the_partition_of_plain_ones(tiny_dataset):
 
     plain = DirichletPartitioner(4, partition_by="label", alpha=0.7, seed=7, min_partition_size=5)
     plain.dataset = datasets.load_dataset(tiny_dataset, split="train")
-    ours = task.partitions(tiny_dataset, "dirichlet", 4, 0.7, 7)
+    ours = image_module.partitions(tiny_dataset, "dirichlet", 4, 0.7, 7)
     for partition in range(4):
         expected = plain.load_partition(partition)["label"][:]
         assert ours.load_partition(partition)["label"].to_pylist() == expected
 
 
 def test_the_bundled_images_are_real_and_balanced():
-    data = task.load_test_split(task.BUNDLED)
+    data = image_module.load_test_split(image_module.BUNDLED)
     assert data.images.shape == (2000, 1, 28, 28)
     assert data.class_names[:2] == ["T - shirt / top", "Trouser"]
     assert data.labels.bincount().tolist() == [200] * 10
@@ -470,9 +472,9 @@ def test_without_the_bundled_images_those_on_the_hub_are_taken(monkeypatch, tmp_
     real = datasets.load_dataset
     monkeypatch.setattr(datasets, "load_dataset", lambda name: asked.append(name) or real(name))
     spec = None if missing == "the package" else SimpleNamespace(origin=str(tmp_path / "__init__.py"))
-    monkeypatch.setattr(task, "find_spec", lambda name: spec)
+    monkeypatch.setattr(image_module, "find_spec", lambda name: spec)
     with pytest.raises(UserError, match=r"`pip install \.` in a clone .*Hub.* \(needs network; with HF_HUB_OFFLINE"):
-        task.load_test_split(task.BUNDLED)
+        image_module.load_test_split(image_module.BUNDLED)
     assert asked == ["zalando-datasets/fashion_mnist"]
     (line,) = [r.getMessage() for r in caplog.records if r.name == "flwr"]
     assert line == f"The bundled images are not installed; taking {asked[0]} from the Hugging Face Hub"
@@ -482,7 +484,7 @@ def test_without_the_bundled_images_those_on_the_hub_are_taken(monkeypatch, tmp_
 def test_the_test_split_may_have_another_name(tmp_path, tiny_dataset, name):
     rows = datasets.load_dataset(tiny_dataset, split="test")
     datasets.DatasetDict({"train": rows, name: rows.select(range(9))}).save_to_disk(tmp_path / "saved")
-    assert len(task.load_test_split(str(tmp_path / "saved"))) == 9
+    assert len(image_module.load_test_split(str(tmp_path / "saved"))) == 9
 
 
 def test_a_missing_split_is_named_with_those_there_are(tmp_path, tiny_dataset):
@@ -492,14 +494,16 @@ def test_a_missing_split_is_named_with_those_there_are(tmp_path, tiny_dataset):
     with pytest.raises(
         UserError, match=r"no split test or validation or valid with labels; the splits are \['train'\]"
     ):
-        task.load_test_split(str(tmp_path / "a"))
+        image_module.load_test_split(str(tmp_path / "a"))
     with pytest.raises(UserError, match=r"no split train; the splits are \['test'\]"):
         load(str(tmp_path / "b"))
 
 
 def test_a_folder_of_save_to_disk_is_taken_as_dataset(tmp_path, tiny_dataset):
     datasets.load_dataset(tiny_dataset).save_to_disk(tmp_path / "saved")
-    assert torch.equal(task.load_test_split(str(tmp_path / "saved")).images, task.load_test_split(tiny_dataset).images)
+    assert torch.equal(
+        image_module.load_test_split(str(tmp_path / "saved")).images, image_module.load_test_split(tiny_dataset).images
+    )
     mine, theirs = load(str(tmp_path / "saved")), load(tiny_dataset)
     assert torch.equal(mine["train"].images, theirs["train"].images)
 
@@ -524,7 +528,7 @@ TEXT, NUMBER = datasets.Value("string"), datasets.Value("int64")
 
 def test_columns_are_found_by_their_types(tmp_path):
     rows = table({"id": NUMBER, "kind": LABEL, "photo": IMAGE}, {"id": [1, 2], "kind": [0, 1], "photo": grey(10, 20)})
-    data = task.load_test_split(saved(tmp_path, rows))
+    data = image_module.load_test_split(saved(tmp_path, rows))
     assert data.class_names == BINARY
     assert data.images[:, 0, 0, 0].tolist() == [10, 20]
     assert data.labels.tolist() == [0, 1]
@@ -536,7 +540,7 @@ def test_columns_are_found_by_their_types(tmp_path):
 )
 def test_a_lone_column_of_text_or_numbers_is_the_label(tmp_path, feature, values, names):
     rows = table({"kind": feature, "photo": IMAGE}, {"kind": values, "photo": grey(1, 2, 3)})
-    data = task.load_test_split(saved(tmp_path, rows))
+    data = image_module.load_test_split(saved(tmp_path, rows))
     assert data.class_names == names
     assert data.labels.tolist() == [1, 0, 1]
 
@@ -553,7 +557,7 @@ def test_a_label_that_is_ambiguous_is_not_guessed(tmp_path, why):
     train = table(features, columns)
     test = train.select([0]) if why == "other values in the test split" else train
     with pytest.raises(UserError) as error:
-        task.load_test_split(saved(tmp_path, train, test))
+        image_module.load_test_split(saved(tmp_path, train, test))
     assert "no ClassLabel column; the columns are" in str(error.value)
     assert f"rows.class_encode_column('{'label' if why == 'none' else 'kind'}')" in str(error.value)
     assert "rows.cast_column('label', datasets.ClassLabel(names=[...]))" in str(error.value)
@@ -564,8 +568,8 @@ def test_the_cure_for_a_column_of_bytes_is_named_and_works(tmp_path):
     rows = table({"kind": LABEL, "photo": datasets.Value("binary")}, {"kind": [0, 1], "photo": encoded})
     cure = r"no Image column;.*photo.*rows\.cast_column\('\.\.\.', datasets\.Image\(\)\)"
     with pytest.raises(UserError, match=cure):
-        task.load_test_split(saved(tmp_path / "a", rows))
-    data = task.load_test_split(saved(tmp_path / "b", rows.cast_column("photo", datasets.Image())))
+        image_module.load_test_split(saved(tmp_path / "a", rows))
+    data = image_module.load_test_split(saved(tmp_path / "b", rows.cast_column("photo", datasets.Image())))
     assert data.images[:, 0, 0, 0].tolist() == [5, 6]
 
 
@@ -574,12 +578,12 @@ def test_an_image_without_a_label_is_refused(tmp_path, label):
     """The Hub has data sets whose test split has the label -1 throughout."""
     rows = table({"kind": LABEL, "photo": IMAGE}, {"kind": [0, label], "photo": grey(1, 2)})
     with pytest.raises(UserError, match="some images have no label"):
-        task.load_test_split(saved(tmp_path, rows))
+        image_module.load_test_split(saved(tmp_path, rows))
 
 
 def test_images_of_varying_size_and_mode_become_32x32_rgb(tmp_path):
     images = [*grey(7, size=(9, 30)), Image.new("RGB", (50, 40), (1, 2, 3)), Image.new("RGBA", (9, 9), (1, 2, 3, 255))]
-    data = task.load_test_split(saved(tmp_path, table({"a": IMAGE, "b": LABEL}, {"a": images, "b": [0, 1, 0]})))
+    data = image_module.load_test_split(saved(tmp_path, table({"a": IMAGE, "b": LABEL}, {"a": images, "b": [0, 1, 0]})))
     assert data.images.shape == (3, 3, 32, 32)
     assert data.images.shape[1] == 3
     assert data.images[1, :, 16, 16].tolist() == [1, 2, 3]
@@ -588,7 +592,7 @@ def test_images_of_varying_size_and_mode_become_32x32_rgb(tmp_path):
 def test_one_image_of_colour_anywhere_makes_all_of_them_rgb(tmp_path):
     """The files of class folders come class by class."""
     images = [*grey(*[5] * 119), Image.new("RGB", (28, 28), (1, 2, 3))]
-    data = task.load_test_split(saved(tmp_path, table({"a": IMAGE, "b": LABEL}, {"a": images, "b": [0] * 120})))
+    data = image_module.load_test_split(saved(tmp_path, table({"a": IMAGE, "b": LABEL}, {"a": images, "b": [0] * 120})))
     assert data.images.shape == (120, 3, 28, 28)
 
 
@@ -596,12 +600,12 @@ def test_images_of_16_bits_are_an_error_and_not_white(tmp_path):
     images = [Image.fromarray(np.full((28, 28), 4000, np.uint16))]
     rows = table({"a": IMAGE, "b": LABEL}, {"a": images, "b": [0]})
     with pytest.raises(UserError, match="an image has mode I;16; convert the images to 8 bits a channel"):
-        task.load_test_split(saved(tmp_path, rows))
+        image_module.load_test_split(saved(tmp_path, rows))
 
 
 def test_grey_images_of_two_sizes_become_32x32(tmp_path):
     images = [*grey(9, size=(32, 32)), *grey(7), Image.new("1", (64, 64), 1)]
-    data = task.load_test_split(saved(tmp_path, table({"a": IMAGE, "b": LABEL}, {"a": images, "b": [0, 1, 0]})))
+    data = image_module.load_test_split(saved(tmp_path, table({"a": IMAGE, "b": LABEL}, {"a": images, "b": [0, 1, 0]})))
     assert data.images.shape == (3, 1, 32, 32)
     assert data.images.shape[1] == 1
     assert [image.unique().tolist() for image in data.images] == [[9], [7], [255]]
@@ -612,28 +616,28 @@ def test_grey_images_of_two_sizes_become_32x32(tmp_path):
 def test_an_image_keeps_its_rows_columns_and_channels(mode, channels, size):
     pixels = np.random.default_rng(0).integers(0, 256, (size, size, channels), dtype=np.uint8)
     image = Image.fromarray(pixels[:, :, 0] if channels == 1 else pixels)
-    assert np.array_equal(task.pixel_converter(channels, size)(image), pixels)
+    assert np.array_equal(image_module.pixel_converter(channels, size)(image), pixels)
     rows = table({"pixels": datasets.Value("binary"), "label": LABEL}, {"pixels": [pixels.tobytes()], "label": [1]})
-    assert np.array_equal(task._to_split(rows).images[0].permute(1, 2, 0).numpy(), pixels)
+    assert np.array_equal(image_module._to_split(rows).images[0].permute(1, 2, 0).numpy(), pixels)
 
 
 def test_a_changed_conversion_of_images_is_not_taken_from_the_cache(tmp_path, monkeypatch):
     folder = saved(tmp_path, table({"a": IMAGE, "b": LABEL}, {"a": grey(9, 7), "b": [0, 1]}))
-    assert task.load_test_split(folder).images.unique().tolist() == [7, 9]
-    source = Path(task.__file__).read_text()
+    assert image_module.load_test_split(folder).images.unique().tolist() == [7, 9]
+    source = Path(image_module.__file__).read_text()
     inverted = source.replace("return np.asarray(image)", "return 255 - np.asarray(image)")
     assert inverted != source
-    (tmp_path / "task.py").write_text(inverted)
-    changed = load_module(tmp_path / "task.py", "changed_task", monkeypatch)
+    (tmp_path / "images.py").write_text(inverted)
+    changed = load_module(tmp_path / "images.py", "changed_images", monkeypatch)
     assert changed.load_test_split(folder).images.unique().tolist() == [246, 248]
-    assert task.load_test_split(folder).images.unique().tolist() == [7, 9]
+    assert image_module.load_test_split(folder).images.unique().tolist() == [7, 9]
 
 
 def test_all_splits_have_the_same_format(tmp_path):
     features = {"a": IMAGE, "b": LABEL}
     train = table(features, {"a": [*grey(9), Image.new("RGB", (28, 28))], "b": [0, 1]})
     test = table(features, {"a": grey(9, 7), "b": [0, 1]})
-    assert task.load_test_split(saved(tmp_path, train, test)).images.shape == (2, 3, 28, 28)
+    assert image_module.load_test_split(saved(tmp_path, train, test)).images.shape == (2, 3, 28, 28)
 
 
 def test_a_split_without_labels_is_not_used_for_the_central_evaluation(tmp_path):
@@ -641,14 +645,14 @@ def test_a_split_without_labels_is_not_used_for_the_central_evaluation(tmp_path)
     hidden = table(features, {"a": grey(9, 7), "b": [-1, -1]})
     shown = table(features, {"a": grey(5), "b": [1]})
     datasets.DatasetDict(train=shown, test=hidden, validation=shown).save_to_disk(tmp_path / "saved")
-    assert task.load_test_split(str(tmp_path / "saved")).images.unique().tolist() == [5]
+    assert image_module.load_test_split(str(tmp_path / "saved")).images.unique().tolist() == [5]
 
 
 def test_a_folder_with_one_class_has_a_class(tmp_path):
     (tmp_path / "cat").mkdir()
     for number, image in enumerate(grey(*range(10))):
         image.save(tmp_path / "cat" / f"{number}.png")
-    splits = task.load_folder(str(tmp_path), 0, 42)
+    splits = image_module.load_folder(str(tmp_path), 0, 42)
     assert {part: (len(split), split.class_names) for part, split in splits.items()} == {
         "train": (8, ["cat"]),
         "validation": (2, ["cat"]),
@@ -658,8 +662,8 @@ def test_a_folder_with_one_class_has_a_class(tmp_path):
 def test_nothing_is_written_to_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
     folder = Path(saved(tmp_path, table({"a": IMAGE, "b": LABEL}, {"a": grey(9, 7), "b": [0, 1]})))
     before = set(folder.rglob("*"))
-    monkeypatch.setattr(task.os, "access", lambda path, mode: False)
-    assert len(task.load_test_split(str(folder))) == 2
+    monkeypatch.setattr(image_module.os, "access", lambda path, mode: False)
+    assert len(image_module.load_test_split(str(folder))) == 2
     assert set(folder.rglob("*")) == before
 
 
@@ -668,19 +672,19 @@ def test_a_nodes_own_folder_is_split_like_a_partition(tmp_path, tiny_dataset):
     rows.save_to_disk(tmp_path / "mine")
     rows.to_parquet(tmp_path / "files" / "train.parquet")
     datasets.DatasetDict(test=rows.select([0]), train=rows).save_to_disk(tmp_path / "both")
-    first = task.load_folder(str(tmp_path / "mine"), 3, 42)
+    first = image_module.load_folder(str(tmp_path / "mine"), 3, 42)
     assert [len(part) for part in first.values()] == [16, 4]
     for name in ("files", "both"):
-        other = task.load_folder(str(tmp_path / name), 3, 42)
+        other = image_module.load_folder(str(tmp_path / name), 3, 42)
         assert all(torch.equal(first[part].images, other[part].images) for part in first)
     with pytest.raises(UserError, match=r"Cannot use data-path '.*nothing': there is no folder .*nothing"):
-        task.load_folder(str(tmp_path / "nothing"), 3, 42)
+        image_module.load_folder(str(tmp_path / "nothing"), 3, 42)
 
 
 @pytest.mark.parametrize("dataset", ["/no/such/folder", "./none", "nobody/no-such-data-set"])
 def test_a_data_set_that_is_not_there_is_one_clear_error(dataset):
     with pytest.raises(UserError, match=r"Cannot use dataset.*Allowed.*fashion-mnist-sample.*Hub") as error:
-        task.load_test_split(dataset)
+        image_module.load_test_split(dataset)
     assert len(str(error.value).splitlines()) == 1
     assert "HF_HUB_OFFLINE=1" in str(error.value)
 
@@ -693,7 +697,9 @@ def test_more_nodes_than_images_is_an_error_with_both_numbers(tiny_dataset):
 
 
 def test_labels_are_renumbered_by_the_names_of_the_classes():
-    data = task.Split(torch.arange(3, dtype=torch.uint8).view(3, 1, 1, 1), torch.tensor([0, 1, 1]), ["dog", "cat"])
+    data = image_module.Split(
+        torch.arange(3, dtype=torch.uint8).view(3, 1, 1, 1), torch.tensor([0, 1, 1]), ["dog", "cat"]
+    )
     server = ["bird", "cat", "dog"]
     renumbered = data.numbered_as(server)
     assert renumbered.labels.tolist() == [2, 1, 1]

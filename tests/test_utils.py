@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -22,6 +23,8 @@ from pytorch_example_low_level.config import Purpose, RunConfig, UserError, rand
 from tests.conftest import results
 from tests.grid import PROJECT, make_context, run_config
 from tests.wandb_files import expected_history, history_of, own, wandb_folder
+
+SCORE = "accuracy"
 
 
 def config(**overrides) -> RunConfig:
@@ -43,18 +46,36 @@ def test_the_stopwatch_measures_phases(monkeypatch):
     assert [watch.lap(), watch.lap(), watch.lap()] == [2.0, 3.0, 1.0]
 
 
-def test_the_best_round_is_the_first_with_the_highest_accuracy(tmp_path):
+def test_the_best_round_is_the_first_with_the_highest_score(tmp_path):
     state = utils.ServerState({}, {})
     (tmp_path / "checkpoints").mkdir()
-    accuracies = [0.0, 0.5, 0.5, 0.4, 0.6]
-    recorder = utils.Recorder(tmp_path, None, state, ())
+    recorder = utils.Recorder(tmp_path, None, state, {}, "auc")
     best = []
-    for server_round, accuracy in enumerate(accuracies):
-        row = utils.new_row(server_round) | {"centralized_accuracy": accuracy}
-        best.append(state.is_best(row))
+    for server_round, auc in enumerate([None, 0.0, 0.5, 0.5, None, 0.4, 0.6]):
+        row = utils.new_row(["centralized_auc"], server_round) | {"centralized_auc": auc}
+        best.append(recorder.is_best(row))
         recorder.commit(row)
-    assert best == [True, True, False, False, True]
-    assert (state.best_round, state.best_accuracy) == (4, 0.6)
+    assert best == [False, True, True, False, False, False, True]
+    assert (state.best_round, state.best_score) == (6, 0.6)
+
+
+def test_the_evaluations_of_nodes_hold_each_committed_round_once(tmp_path):
+    """Lines are written before their round is committed, so a crash in between leaves lines that a resumed run cuts."""
+    path = tmp_path / "node_results.jsonl"
+    utils.cut_lines(path, 3)  # there is none yet
+    for server_round in (1, 2):
+        utils.append_lines(path, [{"round": server_round, "node": name, "accuracy": None} for name in ("é", "b")])
+    whole = path.read_bytes()
+    utils.append_lines(path, [{"round": 3, "node": "é"}])
+    with path.open("ab") as file:
+        file.write(b'{"round": 3, "no')  # the power was cut
+    utils.cut_lines(path, 2)
+    assert path.read_bytes() == whole
+    assert pd.read_json(path, lines=True)["node"].tolist() == ["é", "b", "é", "b"]
+    utils.append_lines(path, [])
+    assert path.read_bytes() == whole
+    with pytest.raises(UserError, match=r"Cannot write .*node_results"):
+        utils.append_lines(tmp_path / "none" / "node_results.jsonl", [{}])
 
 
 # -------------------------------------------------------------------------- Random streams
@@ -187,12 +208,14 @@ def test_what_is_no_checkpoint_is_one_clear_error(tmp_path, content):
 
 def recorder(tmp_path, **state) -> utils.Recorder:
     (tmp_path / "checkpoints").mkdir()
-    return utils.Recorder(tmp_path, config(use_wandb=False), utils.ServerState({"seed": 1}, **state), ["a", "b"])
+    return utils.Recorder(
+        tmp_path, config(use_wandb=False), utils.ServerState({"seed": 1}, **state), {"names": ["a", "b"]}, SCORE
+    )
 
 
 def test_writing_a_checkpoint_does_not_copy_the_model(tmp_path):
     tensor = torch.ones(10_000_000)
-    one = recorder(tmp_path, model={"w": tensor}, best_round=0, best_accuracy=0.0)
+    one = recorder(tmp_path, model={"w": tensor}, best_round=0, best_score=0.0)
 
     def peak() -> float:
         (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
@@ -200,7 +223,7 @@ def test_writing_a_checkpoint_does_not_copy_the_model(tmp_path):
 
     Path("/proc/self/clear_refs").write_text("5")  # Linux: begin to measure the peak anew
     before = peak()
-    one.commit(utils.new_row(0) | {"centralized_accuracy": 0.0})
+    one.commit(utils.new_row([], 0) | {"centralized_accuracy": 0.0})
     assert peak() - before < 20  # MB, of 40
     assert one.state.model["w"] is tensor
     assert {p.stat().st_size // 10**6 for p in (tmp_path / "checkpoints").iterdir()} == {40}
@@ -266,8 +289,8 @@ OTHER = """
 import os, sys, time
 from pathlib import Path
 sys.modules["torchvision"] = None  # an import would raise
-from pytorch_example_low_level import server_app, task, utils
-task.load_test_split(sys.argv[1])
+from pytorch_example_low_level import images, server_app, utils
+images.load_test_split(sys.argv[1])
 print("early:", sorted({"flwr_datasets", "matplotlib", "torch._dynamo", "wandb"} & sys.modules.keys()), flush=True)
 from tests.conftest import App
 server_app.SETTLE = 0.01

@@ -58,13 +58,13 @@ def expected_history(directory: Path) -> list[dict]:
     names = json.loads((directory / "run_config.json").read_text())["class-names"]
     rows = []
     for row in results(directory, times=True):
-        per_class = zip(names, row.pop("centralized_accuracy_per_class"), strict=True)
-        row |= {f"accuracy/{name}": accuracy for name, accuracy in per_class}
+        for key in [key for key, value in row.items() if isinstance(value, list)]:
+            row |= {f"{key}/{name}": value for name, value in zip(names, row.pop(key), strict=True)}
         rows.append({key: value for key, value in row.items() if value is not None} | {"_step": row["round"]})
     return rows
 
 
 def own(history: list[dict]) -> list[dict]:
     """History without what W&B and the histograms add."""
-    added = ("_runtime", "_timestamp", "client_accuracies")
+    added = ("_runtime", "_timestamp", "client_accuracy")
     return [{key: value for key, value in values.items() if not key.startswith(added)} for values in history]
