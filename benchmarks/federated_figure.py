@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from pytorch_example_low_level import images, task
+from pytorch_example_low_level.config import RunConfig
 
 DRAWS = 100_000
 
@@ -26,10 +27,11 @@ def evaluate_nodes(directory: Path, nodes: int) -> tuple[np.ndarray, np.ndarray,
     config = json.loads((directory / "run_config.json").read_text())
     net = task.make_model(config)
     net.load_state_dict(torch.load(directory / "final_model.pt", weights_only=True))
-    data = [config[key] for key in ("dataset", "partitioner", "dirichlet-alpha", "seed")]
+    keys = {field.alias for field in RunConfig.model_fields.values()}
+    settings = RunConfig.model_validate({key: value for key, value in config.items() if key in keys})
     accuracies, sizes = np.zeros(nodes), np.zeros(nodes)
     for node in range(nodes):
-        validation = images.load_partition(node, nodes, *data)["validation"]
+        validation = images.load_partition(node, nodes, settings)["validation"]
         accuracies[node] = task.test(net, validation, torch.device("cpu"))["accuracy"]
         sizes[node] = len(validation)
     return accuracies, sizes, config

@@ -288,10 +288,10 @@ class Setting:
 
     def arithmetic(self) -> dict[str, Any]:
         """Return how many random images stand for those of the app, beside the messages."""
-        node = len(images.partitions(self.dataset, "iid", 1, 1.0, 42, decoded=False).dataset) // self.nodes
+        node = len(images.partitions(self.config(), 1).dataset) // self.nodes
         validation = int(node * images.VALIDATION_SHARE)
         work = {"train_images": node - validation, "validation_images": validation}
-        return self.messages() | work | {"test_images": len(images.load_test_split(self.dataset))}
+        return self.messages() | work | {"test_images": len(images.load_test_split(self.config()))}
 
     def __str__(self) -> str:
         """Return the words for the tables."""
@@ -329,7 +329,7 @@ def floor_worker(mine: Any, shared: Any, done: Any, setting: Setting) -> None:
     """Prepare the tensors of a round; then do pieces of its work for as long as there are any."""
     torch.set_num_threads(1)
     config = setting.config()
-    test_split = images.load_test_split(setting.dataset)
+    test_split = images.load_test_split(config)
     quarters = np.array_split(np.arange(len(test_split)), 4)
     classes = len(test_split.class_names)
 
@@ -337,8 +337,7 @@ def floor_worker(mine: Any, shared: Any, done: Any, setting: Setting) -> None:
         if part == "test":
             rows = quarters[number]
             return images.Split(test_split.images[rows], test_split.labels[rows], test_split.class_names)
-        how = (config.dataset, config.partitioner, config.dirichlet_alpha, config.seed)
-        return images.load_partition(number, setting.nodes, *how)[part]
+        return images.load_partition(number, setting.nodes, config)[part]
 
     def model() -> nn.Module:
         net = task.make_model(test_split.facts)

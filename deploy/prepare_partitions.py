@@ -13,11 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import tomllib
 from pathlib import Path
 
-from deploy.cli import PARTITIONS
-from pytorch_example_low_level.config import UserError
-from pytorch_example_low_level.images import BUNDLED, partitions
+from deploy.cli import PARTITIONS, PROJECT
+from pytorch_example_low_level.config import RunConfig, UserError
+from pytorch_example_low_level.images import BUNDLED, opened, partitions, rows_of_partition
 
 
 def main() -> None:
@@ -49,12 +50,19 @@ def main() -> None:
 
 def write_partitions(out: Path, nodes: int, dataset: str, partitioner: str, alpha: float, seed: int) -> None:
     """Save the partitions that a simulation with this many nodes would use, a record and a plot of their labels."""
-    partitioning = partitions(dataset, partitioner, nodes, alpha, seed, decoded=False)
-    folders = [partitioning.load_partition(index) for index in range(nodes)]  # before any is written: one may fail
-    for index, partition in enumerate(folders):
-        partition.with_format(None).save_to_disk(out / f"node-{index}")
-        print(f"{index + 1}/{nodes}: {len(partition)} images", flush=True)
-    plot_labels(out / "labels.png", dataset, partitioner, nodes, alpha, seed)
+    import datasets
+
+    defaults = tomllib.loads((PROJECT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
+    chosen = {"dataset": dataset, "partitioner": partitioner, "dirichlet-alpha": alpha, "seed": seed}
+    config = RunConfig.model_validate(defaults | chosen)
+    rows = [rows_of_partition(config, nodes, index) for index in range(nodes)]  # before any is written: one may fail
+    source, _ = opened(config)
+    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=source.class_names)}
+    images = source.splits["train"].cast(datasets.Features(features))
+    for index, chosen_rows in enumerate(rows):
+        images.select(chosen_rows).save_to_disk(out / f"node-{index}")
+        print(f"{index + 1}/{nodes}: {len(chosen_rows)} images", flush=True)
+    plot_labels(out / "labels.png", config, nodes)
     # The names are those of the run configuration. A folder is recorded with its absolute path,
     # because the ServerApp runs in another directory.
     folder = Path(dataset).expanduser()
@@ -68,16 +76,16 @@ def write_partitions(out: Path, nodes: int, dataset: str, partitioner: str, alph
     (out / PARTITIONS).write_text(json.dumps(record, indent=2) + "\n")
 
 
-def plot_labels(path: Path, dataset: str, partitioner: str, nodes: int, alpha: float, seed: int) -> None:
+def plot_labels(path: Path, config: RunConfig, nodes: int) -> None:
     """Plot the number of images of each class on each node, with flwr-datasets' plot function."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from flwr_datasets.visualization import plot_label_distributions
 
-    how = f"Dirichlet, α = {alpha:g}" if partitioner == "dirichlet" else "IID"
+    how = f"Dirichlet, α = {config.dirichlet_alpha:g}" if config.partitioner == "dirichlet" else "IID"
     figure, axes, _ = plot_label_distributions(
-        partitioner=partitions(dataset, partitioner, nodes, alpha, seed, decoded=False),
+        partitioner=partitions(config, nodes),
         label_name="label",
         size_unit="absolute",
         partition_id_axis="x",

@@ -34,7 +34,11 @@ def explained(what: str, allowed: str = "") -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise UserError(f"{what}: {one_line(error)}{allowed}") from error
+        cause: BaseException = error
+        while cause.__cause__ and not isinstance(cause, UserError):  # a library's outermost error may say nothing
+            cause = cause.__cause__
+        deepest = "" if cause is error else f" ({one_line(cause)})"
+        raise UserError(f"{what}: {one_line(error)}{deepest}{allowed}") from error
 
 
 def source_digest(folder: Path) -> str:
@@ -73,6 +77,7 @@ PathOrEmpty = Annotated[str, Field(pattern=r"^[^\x00]*$")]
 OPERATIONAL = {
     "num_server_rounds", "min_available_nodes", "node_wait_timeout", "train_timeout", "query_timeout",
     "evaluate_timeout", "server_device", "output_dir", "resume_from", "use_wandb", "wandb_project",
+    "dataset",  # what it holds is compared instead
 }  # fmt: skip
 
 
@@ -114,8 +119,13 @@ class RunConfig(BaseModel):
     query_max_delay: Annotated[float, Field(ge=0, le=86_400)]
 
     dataset: Annotated[str, Field(min_length=1, pattern=r"\S")]
-    partitioner: Literal["dirichlet", "iid"]
+    image_column: str
+    label_column: str
+    image_size: Annotated[int, Field(ge=0, le=512)]
+    partitioner: Literal["dirichlet", "iid", "natural", "pathological"]
     dirichlet_alpha: Annotated[float, Field(ge=1e-3, le=1e6)]
+    partition_column: str
+    classes_per_node: Count
 
     server_device: Annotated[str, Field(pattern=r"^[a-z]+(:\d{1,3})?$")]
     seed: Annotated[int, Field(ge=0, lt=2**63)]
@@ -131,6 +141,22 @@ class RunConfig(BaseModel):
         """Check that a round does not need more nodes than it waits for."""
         if value > (limit := info.data.get("min_available_nodes", value)):
             raise ValueError(f"Input should be at most min-available-nodes, {limit}")
+        return value
+
+    @field_validator("image_size")
+    @classmethod
+    def zero_or_at_least_16(cls, value: int) -> int:
+        """Check that images are not smaller than what a network can work on."""
+        if 0 < value < 16:
+            raise ValueError("Input should be 0, or from 16 to 512")
+        return value
+
+    @field_validator("partition_column")
+    @classmethod
+    def given_for_natural(cls, value: str, info: ValidationInfo) -> str:
+        """Check that the natural partitioner has its column."""
+        if not value and info.data.get("partitioner") == "natural":
+            raise ValueError("Input should be the name of a column, which partitioner='natural' needs")
         return value
 
     @classmethod

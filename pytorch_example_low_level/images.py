@@ -1,11 +1,15 @@
-"""Images in, tensors out: data sets and folders, their columns and pixels, and the partitions of the nodes."""
+"""Folders and data sets of images, their classes and columns, and the partitions of the nodes.
+
+What a folder holds decides how it is read, never what its files are called. An image is used, or an error names it.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import os
+import re
+import unicodedata
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
@@ -16,23 +20,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pytorch_example_low_level.config import Purpose, UserError, explained, log, random_stream
+from pytorch_example_low_level.config import Purpose, RunConfig, UserError, explained, log, random_stream
+from pytorch_example_low_level.pixels import Source, common_shape, decoded, digest_of, labels_of
 
 if TYPE_CHECKING:
     import datasets
     from flwr_datasets.partitioner import Partitioner
-    from PIL import Image
 
 BUNDLED = "fashion-mnist-sample"
 ON_THE_HUB = "zalando-datasets/fashion_mnist"  # used if the bundled images are not installed
 VALIDATION_SHARE = 0.2  # of a node's images; the rest is for training
+SPLITS = {"train": "train", "test": "test", "validation": "validation", "valid": "validation", "val": "validation"}
 TEST_SPLITS = ("test", "validation", "valid")  # the first of these that has labels is used
 MIN_PARTITION = 5  # images: four to train on, one to validate on
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
+LEFT_OUT = {"__MACOSX", "Thumbs.db", "desktop.ini"}  # with hidden files: what systems add to folders
+BESIDE_TABLES = {".md", ".json", ".py", ".txt", ".yaml", ".yml", ""}  # documentation, as data sets on the Hub have it
 ALLOWED = (
     f" -- Allowed: dataset={BUNDLED!r} (its images come with `pip install .` in a clone of the app; without them it is "
-    f"{ON_THE_HUB} on the Hub), the absolute path of a folder that datasets.load_dataset or datasets.load_from_disk "
-    "can read, or the name of an image-classification data set on the Hugging Face Hub (needs network; with "
-    "HF_HUB_OFFLINE=1 what is in the cache is used at once)."
+    f"{ON_THE_HUB} on the Hub), the absolute path of a folder (class folders in train and test, a folder of "
+    "save_to_disk, or Parquet files), or owner/name or owner/name:configuration on the Hugging Face Hub (needs "
+    "network; with HF_HUB_OFFLINE=1 what is in the cache is used at once)."
 )
 
 
@@ -43,6 +51,8 @@ class Split:
     images: Tensor
     labels: Tensor
     class_names: Sequence[str]
+    training: str = ""  # of the server's data: a digest of the training images, if there are any
+    node_names: Sequence[str] = ()  # of the server's data: the nodes for which the training images are split
 
     def __len__(self) -> int:
         """Return N."""
@@ -55,175 +65,311 @@ class Split:
 
     def fingerprint(self) -> str:
         """Return a digest of the images and labels, by which a resumed run recognises its data."""
-        return hashlib.sha256(self.images.numpy().tobytes() + self.labels.numpy().tobytes()).hexdigest()[:16]
+        return digest_of(self.images.numpy(), self.labels.numpy()) + self.training
 
     def numbered_as(self, class_names: Sequence[str]) -> Split:
-        """Return the split with its labels numbered as in `class_names`. Raises UserError for a class not in there."""
-        unknown = [name for name in self.class_names if name not in class_names]
+        """Return the split with its labels numbered as in `class_names`. Raises UserError for a class not in there.
+
+        Names are compared in Unicode's form NFC: a Mac writes é as two characters, and Linux as one.
+        """
+        known = {unicodedata.normalize("NFC", name): number for number, name in enumerate(class_names)}
+        mine = [unicodedata.normalize("NFC", name) for name in self.class_names]
+        unknown = [name for name in mine if name not in known]
         if unknown:
             raise UserError(
                 f"this node's classes are {list(self.class_names)}, and the server's are {list(class_names)}: "
                 f"{unknown} is not among them. Rename: rows.cast_column('label', datasets.ClassLabel(names=[...]))"
             )
-        labels = torch.tensor([class_names.index(name) for name in self.class_names])[self.labels]
-        return Split(self.images, labels, class_names)
+        return Split(self.images, torch.tensor([known[name] for name in mine])[self.labels], class_names)
 
 
-@lru_cache(maxsize=256)
-def load_partition(
-    partition_id: int, num_partitions: int, dataset: str, partitioner: str, alpha: float, seed: int
-) -> dict[str, Split]:
-    """Load the "train" (80 %) and the "validation" (20 %) part of one partition of a data set. Raises UserError.
-
-    A process caches the last 256 partitions it used, which take at most about one copy of the training images.
-    """
-    what = f"Cannot use dataset {dataset!r} for {num_partitions} nodes"
-    # The partitioner warns of each retry, and raises if all fail.
-    with explained(what, ALLOWED), warnings.catch_warnings(action="ignore"):
-        rows = partitions(dataset, partitioner, num_partitions, alpha, seed).load_partition(partition_id)
-        return _train_and_validation(_to_split(rows), seed, partition_id)
+# ------------------------------------------------------------------ What the task asks for
 
 
-@lru_cache(maxsize=4)
-def load_folder(path: str, partition_id: int, seed: int) -> dict[str, Split]:
-    """Load the "train" and the "validation" part of a node's own folder of images. Raises UserError."""
-    with explained(f"Cannot use data-path {path!r}", ALLOWED):
-        splits = _load(path)
-        rows = _decode(splits, "train" if "train" in splits else next(iter(splits)), in_memory=True)
-        return _train_and_validation(_to_split(rows), seed, partition_id)
-
-
-def load_test_split(dataset: str) -> Split:
-    """Load the images for the central evaluation. Raises UserError."""
-    with explained(f"Cannot use dataset {dataset!r}", ALLOWED):
-        splits = _load(dataset)
+def load_test_split(config: RunConfig) -> Split:
+    """Load the images for the central evaluation, and log what the data set holds. Raises UserError."""
+    with explained(f"Cannot use dataset {config.dataset!r}", ALLOWED):
+        source, shape = opened(config)
+        splits = source.splits
         name = next((n for n in TEST_SPLITS if n in splits and set(splits[n].unique("label")) - {None, -1}), None)
         if name is None:
             raise UserError(f"there is no split {' or '.join(TEST_SPLITS)} with labels; the splits are {list(splits)}")
-        return _to_split(_decode(splits, name))
+        images, labels = decoded(source, name, shape), labels_of(source, name)
+        training = digest_of(decoded(source, "train", shape), labels_of(source, "train")) if "train" in splits else ""
+        names = site_names(source) if config.partitioner == "natural" else []
+        log.info("📖 Read %s: %s", config.dataset, summary(source, shape))
+        return Split(torch.from_numpy(np.array(images)), torch.from_numpy(labels), source.class_names, training, names)
 
 
-@lru_cache(maxsize=1)  # one per process: loading and partitioning take seconds
-def partitions(
-    dataset: str, partitioner: str, num_partitions: int, alpha: float, seed: int, *, decoded: bool = True
+def load_partition(number: int, num_partitions: int, config: RunConfig) -> dict[str, Split]:
+    """Load the "train" (80 %) and the "validation" (20 %) part of one partition of a data set. Raises UserError."""
+    with explained(f"Cannot use dataset {config.dataset!r} for {num_partitions} nodes", ALLOWED):
+        source, shape = opened(config)
+        rows = rows_of_partition(config, num_partitions, number)
+        return train_and_validation(decoded(source, "train", shape), source, "train", rows, config.seed, number)
+
+
+@lru_cache(maxsize=4)
+def load_folder(path: str, number: int, config: RunConfig, shape: tuple[int, int, int] | None) -> dict[str, Split]:
+    """Load the "train" and the "validation" part of a node's own folder, in the server's shape. Raises UserError."""
+    with explained(
+        f"Cannot use data-path {path!r}",
+        " -- Allowed: a folder of class folders, one of save_to_disk, or Parquet files.",
+    ):
+        source = read(path, config.image_column, config.label_column, "", of_node=True)
+        found = common_shape(source, config.image_size)
+        split = "train" if "train" in source.splits else next(iter(source.splits))
+        if shape and shape[0] < found[0]:
+            log.info("The images of %s are RGB and the server's are grey: they are converted.", path)
+        log.info("📖 Read %s: %s", path, summary(source, shape or found))
+        pixels = decoded(source, split, shape or found)
+        return train_and_validation(pixels, source, split, np.arange(len(pixels)), config.seed, number)
+
+
+def train_and_validation(
+    pixels: np.ndarray, source: Source, split: str, rows: np.ndarray, seed: int, number: int
+) -> dict[str, Split]:
+    """Split a node's rows at random; the same seed and number give the same split."""
+    order = rows[random_stream(seed, Purpose.SPLIT, partition=number).permutation(len(rows))]
+    cut, labels = int(len(rows) * VALIDATION_SHARE), labels_of(source, split)
+    parts = {"train": order[cut:], "validation": order[:cut]}
+    return {
+        part: Split(torch.from_numpy(pixels[chosen]), torch.from_numpy(labels[chosen]), source.class_names)
+        for part, chosen in parts.items()
+    }
+
+
+def partitions(config: RunConfig, num_partitions: int) -> Partitioner:
+    """Return the partitioner of flwr-datasets for the training images, whose column "row" has their numbers."""
+    source, _ = opened(config)
+    how = (config.partitioner, config.dirichlet_alpha, config.classes_per_node, config.seed)
+    return _partitions(source, num_partitions, *how)
+
+
+@lru_cache(maxsize=1)  # it takes seconds
+def _partitions(
+    source: Source, num_partitions: int, partitioner: str, alpha: float, classes_per_node: int, seed: int
 ) -> Partitioner:
-    """Return the partitioner of flwr-datasets that holds the training split of a data set."""
-    from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner
+    import datasets
+    from flwr_datasets import partitioner as how
 
-    splits = _load(dataset)
-    if "train" not in splits:
-        raise UserError(f"there is no split train; the splits are {list(splits)}")
-    rows = (_decode(splits, "train") if decoded else splits["train"]).with_format("arrow")  # 40 times as fast
-    if len(rows) < MIN_PARTITION * num_partitions:
-        raise UserError(f"{len(rows)} training images are too few for {num_partitions} nodes ({MIN_PARTITION} each)")
+    if "train" not in source.splits:
+        raise UserError(f"there is no split train; the splits are {list(source.splits)}")
+    labels = labels_of(source, "train")
+    if len(labels) < MIN_PARTITION * num_partitions:
+        raise UserError(f"{len(labels)} training images are too few for {num_partitions} nodes ({MIN_PARTITION} each)")
+    features = {"row": datasets.Value("int64"), "label": datasets.ClassLabel(names=source.class_names)}
+    columns: dict[str, Any] = {"row": np.arange(len(labels)), "label": labels}
+    if partitioner == "natural":
+        features["site"], columns["site"] = datasets.Value("string"), source.splits["train"]["site"][:]
+        if len(names := site_names(source)) != num_partitions:
+            raise UserError(
+                f"the data is that of {len(names)} nodes ({', '.join(names[:10])}), not of {num_partitions}"
+            )
+    rows = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
     if partitioner == "iid":
-        dealt: Partitioner = IidPartitioner(num_partitions)
+        dealt: Partitioner = how.IidPartitioner(num_partitions)
         rows = rows.shuffle(seed=seed)  # IidPartitioner takes consecutive rows, which may be sorted by label
+    elif partitioner == "natural":
+        dealt = how.NaturalIdPartitioner("site")
+    elif partitioner == "pathological":
+        mode = "first-deterministic"  # each class is on a node, if there are enough nodes
+        dealt = how.PathologicalPartitioner(num_partitions, "label", classes_per_node, mode, seed=seed)
     else:
         # Label skew after Yurochkin et al. 2019 (arXiv:1905.12022).
-        dealt = DirichletPartitioner(num_partitions, "label", alpha, min_partition_size=MIN_PARTITION, seed=seed)
+        dealt = how.DirichletPartitioner(num_partitions, "label", alpha, MIN_PARTITION, seed=seed)
+        rows = rows.with_format("arrow")  # 40 times as fast
     dealt.dataset = rows
     return dealt
 
 
-def _train_and_validation(data: Split, seed: int, partition_id: int) -> dict[str, Split]:
-    """Split a node's images at random; the same seed and partition give the same split."""
-    order = random_stream(seed, Purpose.SPLIT, partition=partition_id).permutation(len(data))
-    cut = int(len(data) * VALIDATION_SHARE)
-    parts = {"train": order[cut:], "validation": order[:cut]}
-    return {part: Split(data.images[rows], data.labels[rows], data.class_names) for part, rows in parts.items()}
+def rows_of_partition(config: RunConfig, num_partitions: int, number: int) -> np.ndarray:
+    """Return the numbers of the training images of one partition. Raises UserError."""
+    with warnings.catch_warnings(action="ignore"):  # the partitioner warns of each retry, and raises if all fail
+        rows = partitions(config, num_partitions).load_partition(number).with_format("numpy")
+        return np.asarray(rows["row"][:], dtype=np.int64)
 
 
-def _load(dataset: str) -> datasets.DatasetDict:
-    """Load all splits of a data set, with the columns "image" and "label"."""
+def site_names(source: Source) -> list[str]:
+    """Return the sites of the training images, in the order of the partitions."""
+    return sorted(set(source.splits["train"]["site"])) if "train" in source.splits else []
+
+
+def summary(source: Source, shape: tuple[int, int, int]) -> str:
+    """Say what was read: kind, images of each split, classes, size and colours."""
+    counts = ", ".join(f"{len(rows):,} {split}" for split, rows in source.splits.items())
+    names = ", ".join(source.class_names[:10]) + (", ..." if len(source.class_names) > 10 else "")
+    colours = f"{shape[2]}x{shape[1]} {'grey' if shape[0] == 1 else 'RGB'}"
+    return f"{source.kind}; images: {counts}; {len(source.class_names)} classes ({names}); {colours}"
+
+
+# --------------------------------------------------------- Reading folders and data sets
+
+
+def opened(config: RunConfig) -> tuple[Source, tuple[int, int, int]]:
+    """Return the data set of the run configuration, and the shape that all of its images get."""
+    site_column = config.partition_column if config.partitioner == "natural" else ""
+    source = read(config.dataset, config.image_column, config.label_column, site_column)
+    return source, common_shape(source, config.image_size)
+
+
+@lru_cache(maxsize=4)  # reading takes a second
+def read(name: str, image_column: str, label_column: str, site_column: str, *, of_node: bool = False) -> Source:
+    """Find out what a folder or data set holds. Nothing is decoded. Raises UserError if it is of no known kind."""
     import datasets
 
     datasets.disable_progress_bars()
-    if dataset == BUNDLED:
-        spec = find_spec("fashion_mnist_sample")  # the app from Flower Hub has no images
-        if spec and spec.origin and Path(spec.origin).with_name("data").is_dir():
-            dataset = str(Path(spec.origin).parent)
+    name = bundled() if name == BUNDLED and not of_node else name
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        files = files_below(folder)
+        if any((folder / file).exists() for file in ("dataset_dict.json", "state.json")):
+            kind, loaded = "a saved data set", datasets.load_from_disk(str(folder))
+        elif any(file.suffix == ".parquet" for file in files):
+            kind, loaded = "tables", load_tables(folder, files)
         else:
-            log.info("The bundled images are not installed; taking %s from the Hugging Face Hub", ON_THE_HUB)
-            dataset = ON_THE_HUB
-    path = Path(dataset).expanduser()
-    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-        splits = datasets.load_from_disk(path)  # a folder of `save_to_disk`
-    elif dataset.startswith(("/", ".", "~")) and not path.is_dir():
-        raise UserError(f"there is no folder {path.absolute()}")
+            return class_folders(folder, files, of_node=of_node)
+    elif of_node or name.startswith(("/", ".", "~")) or not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", name):
+        raise UserError(f"there is no folder {folder.absolute()}")
     else:
-        splits = datasets.load_dataset(str(path.resolve()) if path.is_dir() else dataset)
-        if path.is_dir() and next(iter(splits.values())).column_names == ["image"]:  # a folder with only one class
-            splits = datasets.load_dataset("imagefolder", data_dir=str(path.resolve()), drop_labels=False)
-    return _canonical(splits if isinstance(splits, datasets.DatasetDict) else datasets.DatasetDict(train=splits))
+        kind, (hub, *configuration) = "on the Hub", name.split(":")
+        loaded = datasets.load_dataset(hub, *configuration)
+    splits = dict(loaded) if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}
+    return with_columns(kind, splits, image_column, label_column, site_column)
 
 
-def _canonical(splits: datasets.DatasetDict) -> datasets.DatasetDict:
-    """Find the image and the label column by type, or take the only other column as label; rename both."""
+def bundled() -> str:
+    """Return the folder of the bundled images, or the whole data set on the Hub: the app from Flower Hub has none."""
+    spec = find_spec("fashion_mnist_sample")
+    if spec and spec.origin and Path(spec.origin).with_name("data").is_dir():
+        return str(Path(spec.origin).parent)
+    log.info("The bundled images are not installed; taking %s from the Hugging Face Hub", ON_THE_HUB)
+    return ON_THE_HUB
+
+
+def files_below(folder: Path) -> list[Path]:
+    """Return the files in a folder, at any depth and behind links. Raises UserError for a link to a folder above it."""
+    found = []
+
+    def fail(error: OSError) -> None:
+        raise error  # os.walk would leave out a folder that it cannot read
+
+    for at, folders, files in os.walk(folder, followlinks=True, onerror=fail):
+        here = Path(at)
+        if here.is_symlink() and here.resolve() in {parent.resolve() for parent in here.parents}:
+            raise UserError(f"{here} is a link to a folder that it is in")
+        folders[:] = sorted(name for name in folders if is_visible(name))
+        found += [here / name for name in sorted(files) if is_visible(name)]
+    return found
+
+
+def is_visible(name: str) -> bool:
+    """Return whether a file or folder is the user's: hidden ones, and some with fixed names, are added by systems."""
+    return not name.startswith(".") and name not in LEFT_OUT
+
+
+def class_folders(folder: Path, files: list[Path], *, of_node: bool) -> Source:
+    """Read ROOT/<class>/** of a node, or ROOT/<split>/<class>/** of a data set. Raises UserError for anything else."""
+    import datasets
+
+    tops = sorted(entry for entry in folder.iterdir() if is_visible(entry.name))
+    are_splits = bool(tops) and all(entry.is_dir() and entry.name.lower() in SPLITS for entry in tops)
+    depth = 2 if of_node else 3
+    odd = [f for f in files if f.suffix.lower() not in SUFFIXES or len(f.relative_to(folder).parts) < depth]
+    roots = {"train": folder} if of_node else {SPLITS.get(entry.name.lower(), ""): entry for entry in tops}
+    nested = are_splits and all(len(file.relative_to(folder).parts) > depth for file in files)
+    if not files or odd or (nested if of_node else not are_splits or len(roots) != len(tops)):
+        example = "<class>/1.png" if of_node else "train/<class>/1.png and test/<class>/2.png"
+        some = [file.relative_to(folder).as_posix() for file in (odd or files)[:5]]
+        of_which = f", of which {len(odd)} are no images in class folders" if odd else ""
+        hint = ". Its folders are splits: give data-path the folder train" if of_node and nested else ""
+        raise UserError(
+            f"{folder} has {len(files)} files{of_which}: {some}. Expected are only images "
+            f"({', '.join(sorted(SUFFIXES))}) in folders named by their class, such as {example}{hint}"
+        )
+    found = [(root.name, entry.name) for root in roots.values() for entry in root.iterdir() if entry.is_dir()]
+    found = [(root, unicodedata.normalize("NFC", name)) for root, name in found if is_visible(name)]
+    names = sorted({name for _, name in found})
+    if len(found) != len(set(found)):
+        raise UserError(f"{folder} has two class folders whose names differ only in Unicode's normal form")
+    if not of_node and not 1 < len(names) < len(files):
+        raise UserError(f"{folder} has {len(files)} images and {len(names)} classes: {names[:10]}")
+    splits = {}
+    for split, root in roots.items():
+        mine = [file for file in files if root in file.parents]
+        labels = [names.index(unicodedata.normalize("NFC", file.relative_to(root).parts[0])) for file in mine]
+        columns = {"image": [{"path": str(file), "bytes": None} for file in mine], "label": labels}
+        features = {"image": datasets.Image(decode=False), "label": datasets.Value("int64")}
+        splits[split] = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    return Source("class folders", splits, names)
+
+
+def load_tables(folder: Path, files: list[Path]) -> datasets.DatasetDict:
+    """Load Parquet files as the Hub lays them out. Raises UserError if some of the files would be left out."""
+    import datasets
+
+    if re.search(r"[\[\]*?]|::", str(folder.absolute())):
+        raise UserError(f"rename {folder}: `datasets` reads brackets, *, ? and :: in a path as patterns")
+    others = [str(file) for file in files if file.suffix not in {*BESIDE_TABLES, ".parquet"}]
+    used = {
+        Path(file).resolve()
+        for files in datasets.load_dataset_builder(str(folder)).config.data_files.values()
+        for file in files
+    }
+    others += [str(file) for file in files if file.suffix == ".parquet" and file.resolve() not in used]
+    if others:
+        raise UserError(f"beside its tables, {folder} has files that would be left out: {others[:5]}")
+    return datasets.load_dataset(str(folder))
+
+
+def with_columns(
+    kind: str, splits: dict[str, datasets.Dataset], image_column: str, label_column: str, site_column: str
+) -> Source:
+    """Find the image, the label and the partition column. Raises UserError where there is a choice."""
     import datasets
 
     features = next(iter(splits.values())).features
+    if any(rows.features != features for rows in splits.values()):
+        raise UserError(
+            f"the splits have different columns: { {name: rows.features for name, rows in splits.items()} }"
+        )
     images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-    labels = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-    others = [name for name in features if name not in images[:1]]
-    columns = f"the columns are {dict(features)}"
-    if not images:
-        raise UserError(f"no Image column; {columns}. For bytes or paths: rows.cast_column('...', datasets.Image())")
-    if not labels:
-        lone = len(others) == 1 and isinstance(features[others[0]], datasets.Value)
-        if not lone or len({frozenset(rows.unique(others[0])) for rows in splits.values()}) > 1:
-            raise UserError(
-                f"no ClassLabel column; {columns}. Make one, in all splits alike: rows.class_encode_column("
-                f"{[*others, 'label'][0]!r}) or rows.cast_column('label', datasets.ClassLabel(names=[...]))"
-            )
-        labels, splits = others, splits.class_encode_column(others[0])
-    splits = splits.select_columns([images[0], labels[0]])
-    return splits.rename_columns({o: n for o, n in ((images[0], "image"), (labels[0], "label")) if o != n})
+    named = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    plain = [
+        n
+        for n, f in features.items()
+        if isinstance(f, datasets.Value) and re.match("u?int|bool|(large_)?string", f.dtype)
+    ]
+    image = choose("image-column", image_column, ("image", "img"), images, images, features)
+    label = choose("label-column", label_column, ("label",), named or plain, named + plain, features)
+    total = sum(len(rows) for rows in splits.values())
+    values = sorted({value for rows in splits.values() for value in rows.unique(label)} - {None})
+    names = list(features[label].names) if label in named else [str(value) for value in values]
+    numbers = {value: value if label in named else number for number, value in enumerate(values)}
+    if label in plain and len(values) == total:
+        raise UserError(f"column {label!r} has as many values as there are images ({total}), so it cannot be the label")
+    result = {}
+    for split, rows in splits.items():
+        kept = rows.select_columns([image]).cast_column(image, datasets.Image(decode=False))
+        kept = kept if image == "image" else kept.rename_column(image, "image")
+        kept = kept.add_column("label", [numbers.get(value) for value in rows[label][:]])
+        if site_column and site_column not in features:
+            raise UserError(f"there is no partition-column {site_column!r}; the columns are {list(features)}")
+        if site_column:
+            sites = rows[site_column][:]
+            if None in sites:
+                raise UserError(f"row {sites.index(None)} of {split} has no {site_column!r}")
+            kept = kept.add_column("site", [str(site) for site in sites])
+        result[split] = kept
+    return Source(f"{kind}, columns {image!r} and {label!r}", result, names)
 
 
-def _decode(splits: datasets.DatasetDict, name: str, *, in_memory: bool = False) -> datasets.Dataset:
-    """Replace the column "image" of a split by "pixels", the bytes (H, W, C). Hugging Face caches the result.
-
-    All splits get the same format. Images become RGB unless about a hundred of each split are all grey, and 32x32
-    unless these are all 28x28.
-    """
-    splits = splits.with_format(None)
-    sampled = (rows[i]["image"] for rows in splits.values() for i in range(0, len(rows), max(1, len(rows) // 100)))
-    formats = {(image.mode, image.size) for image in sampled}
-    in_channels = 1 if {mode for mode, _ in formats} <= {"1", "L"} else 3
-    to_pixels = pixel_converter(in_channels, 28 if {size for _, size in formats} == {(28, 28)} else 32)
-
-    def to_bytes(batch: dict[str, list[Any]]) -> dict[str, list[bytes]]:
-        return {"pixels": [to_pixels(image).tobytes() for image in batch["image"]]}
-
-    rows = splits[name]
-    in_memory = in_memory or not all(os.access(Path(file["filename"]).parent, os.W_OK) for file in rows.cache_files)
-    # Batches are small because photos are decoded at their full size.
-    return rows.map(to_bytes, batched=True, batch_size=50, remove_columns=["image"], keep_in_memory=in_memory)
-
-
-def pixel_converter(in_channels: int, size: int) -> Callable[[Image.Image], np.ndarray]:
-    """Return a function that converts an image to uint8 (size, size, in_channels): grey or RGB, resized if necessary.
-
-    Hugging Face's cache notices a change in a nested function; it knows other functions only by their names.
-    """
-
-    def to_pixels(image: Image.Image) -> np.ndarray:
-        if image.mode.startswith(("I", "F")):  # 16 bits or more: `convert` would clip at 255
-            raise UserError(f"an image has mode {image.mode}; convert the images to 8 bits a channel")
-        image = image.convert("L" if in_channels == 1 else "RGB").resize((size, size))
-        return np.asarray(image).reshape(size, size, in_channels)
-
-    return to_pixels
-
-
-def _to_split(rows: datasets.Dataset) -> Split:
-    """Convert decoded rows to tensors. Raises UserError for a missing label."""
-    columns = rows.with_format("arrow")[:]
-    pixels, labels = columns["pixels"].to_pylist(), columns["label"].to_pylist()
-    if any(label is None or label < 0 for label in labels):
-        raise UserError("some images have no label")
-    size = 28 if not pixels or len(pixels[0]) % 28 == 0 else 32  # 32 * 32 * C is not a multiple of 28
-    array = np.frombuffer(b"".join(pixels), np.uint8).reshape(len(labels), size, size, -1)
-    images = torch.from_numpy(array.transpose(0, 3, 1, 2).copy(order="C"))
-    return Split(images, torch.tensor(labels, dtype=torch.int64), rows.features["label"].names)
+def choose(
+    key: str, wanted: str, usual: Sequence[str], candidates: list[str], allowed: list[str], features: dict[str, Any]
+) -> str:
+    """Return the column that is wanted, has a usual name, or is the only candidate. Raises UserError."""
+    found = [wanted] if wanted else [name for name in usual if name in features] or candidates
+    if len(found) != 1 or found[0] not in allowed:
+        types = {name: getattr(feature, "dtype", feature) for name, feature in features.items()}
+        raise UserError(f"{key} is {wanted!r}; set it to one of {candidates or allowed}. The columns are {types}")
+    return found[0]

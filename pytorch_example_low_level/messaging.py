@@ -48,14 +48,17 @@ class Node:
     simulated: bool = False
 
 
-def connected_nodes(grid: Grid) -> list[Node]:
-    """Return the connected nodes in the order of registration. In a simulation, that is the order of partitions."""
+def connected_nodes(grid: Grid, names: Sequence[str] = ()) -> list[Node]:
+    """Return the connected nodes in the order of registration. In a simulation, that is the order of partitions.
+
+    `names` are those of the partitions, if they have any.
+    """
     nodes = sorted(grid.get_nodes(), key=lambda node: (node.registered_at, node.node_id))
     # A simulated node sends no heartbeats, so Flower gives it a practically infinite interval.
     simulated = [node.heartbeat_interval > 1e9 for node in nodes]
-    unnamed = [f"partition {i}" if simulated[i] else f"node {node.node_id}" for i, node in enumerate(nodes)]
-    names = [clean(node.name) or unnamed[i] for i, node in enumerate(nodes)]
-    return [Node(n.node_id, name, s) for n, name, s in zip(nodes, names, simulated, strict=True)]
+    partitions = [names[i] if i < len(names) else f"partition {i}" for i in range(len(nodes))]
+    unnamed = [partitions[i] if simulated[i] else f"node {node.node_id}" for i, node in enumerate(nodes)]
+    return [Node(n.node_id, clean(n.name) or unnamed[i], simulated[i]) for i, n in enumerate(nodes)]
 
 
 class Rejected(ValueError):

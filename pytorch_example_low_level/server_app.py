@@ -56,7 +56,8 @@ def main(grid: Grid, context: Context) -> None:
             reports: list[Report] = []
 
             # --- 0. Nodes: wait for them, and sample the cohort that trains in this round
-            nodes = wait_for_nodes(grid, config, state.results[-1]["nodes_available"], resumed=not nodes)
+            before = state.results[-1]["nodes_available"]
+            nodes = wait_for_nodes(grid, config, before, test_data.node_names, resumed=not nodes)
             cohort = sample_cohort(nodes, config, server_round)
             log.info("Sampled %s out of %s nodes.", len(cohort), len(nodes))
             row |= {"nodes_available": len(nodes), "train_sampled": len(cohort), "seconds_nodes": stopwatch.lap()}
@@ -99,15 +100,18 @@ def main(grid: Grid, context: Context) -> None:
 # ------------------------------------------------------------------------------- 0. Nodes
 
 
-def wait_for_nodes(grid: Grid, config: RunConfig, before: int | None, *, resumed: bool) -> list[Node]:
+def wait_for_nodes(
+    grid: Grid, config: RunConfig, before: int | None, names: Sequence[str], *, resumed: bool
+) -> list[Node]:
     """Wait until at least `min-available-nodes` are connected and their number is stable; return all.
 
-    `before` is their number in the last round. Raises UserError when too few nodes connect within `node-wait-timeout`,
-    and when a resumed simulation has another number of nodes: they would train on what others had for validation.
+    `before` is their number in the last round; `names` are those of the partitions, if they have any. Raises
+    UserError when too few nodes connect within `node-wait-timeout`, and when a simulation has another number of nodes
+    than the data is split for: they would train on what others had for validation.
     """
     started, last = time.monotonic(), None if resumed else before
     for look in count():
-        nodes = messaging.connected_nodes(grid)
+        nodes = messaging.connected_nodes(grid, names)
         left = config.node_wait_timeout - (time.monotonic() - started)
         if len(nodes) >= config.min_available_nodes and (len(nodes) == last or left < 0):
             break
@@ -121,10 +125,11 @@ def wait_for_nodes(grid: Grid, config: RunConfig, before: int | None, *, resumed
         last = len(nodes)  # in a simulation, nodes still register while the ServerApp is running
         time.sleep(min(SETTLE, config.node_wait_timeout))
     simulated = all(node.simulated for node in nodes)
-    if resumed and simulated and before not in (None, len(nodes)):
+    expected = len(names) or (before if resumed else None)
+    if simulated and expected not in (None, len(nodes)):
         raise UserError(
-            f"The run had {before} simulated nodes, and now there are {len(nodes)}. A node would get different data. "
-            f'Resume it with --federation-config "num-supernodes={before} client-resources-num-cpus=1".'
+            f"The data is split for {expected} simulated nodes, and now there are {len(nodes)}. A node would get other "
+            f'data. Use --federation-config "num-supernodes={expected} client-resources-num-cpus=1".'
         )
     if before is None and simulated and len(nodes) == 2:  # Flower's default
         log.info('To simulate 50 nodes, add --federation-config "num-supernodes=50 client-resources-num-cpus=1"')
@@ -274,10 +279,7 @@ def evaluate(
 
 
 def weighted_mean_std(values: Sequence[Any], weights: Sequence[int]) -> tuple[Any, Any]:
-    """Return the weighted mean and (population) standard deviation of the values that are not None; None if all are.
-
-    For lists, both are lists, of the mean and the standard deviation of each element.
-    """
+    """Return the weighted mean and (population) standard deviation; of each element of lists; None without a value."""
     known = [(value, weight) for value, weight in zip(values, weights, strict=True) if value is not None]
     if not known:
         return None, None

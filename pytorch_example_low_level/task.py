@@ -46,14 +46,14 @@ class Net(nn.Module):
         self.fc2 = nn.Linear(128, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map float images (N, in_channels, H, W), 28x28 or 32x32, to logits (N, num_classes)."""
+        """Map float images (N, in_channels, H, W), at least 16x16, to logits (N, num_classes)."""
         # This memory format makes convolutions on a CPU about twice as fast. With one channel, `contiguous` would
         # return `x` unchanged. https://docs.pytorch.org/tutorials/intermediate/memory_format_tutorial.html
         x = x.clone(memory_format=torch.channels_last)
         # After the pooling, normalisation and ReLU process a quarter of the values.
         x = F.relu(self.norm1(F.max_pool2d(self.conv1(x), 2)))
         x = F.relu(self.norm2(F.max_pool2d(self.conv2(x), 2)))
-        x = F.avg_pool2d(x, x.shape[-1] - 3, stride=1)  # always to 4x4; it is 5x5 here for 32x32 images
+        x = F.adaptive_avg_pool2d(x, 4)  # to 4x4, which it is already for 28x28 images
         x = F.relu(self.fc1(x.flatten(1)))
         logits: Tensor = self.fc2(x)
         return logits
@@ -96,7 +96,7 @@ def pick_device(name: str = "auto") -> torch.device:
 
 def load_test_data(config: RunConfig) -> Data:
     """Load the data of the central evaluation. Raises UserError."""
-    return images.load_test_split(config.dataset)
+    return images.load_test_split(config)
 
 
 def load_node_data(node_config: Mapping[str, object], number: int, config: RunConfig, facts: Facts) -> dict[str, Data]:
@@ -104,11 +104,11 @@ def load_node_data(node_config: Mapping[str, object], number: int, config: RunCo
 
     `number` identifies the node in every run. `facts` are the server's; other ServerApps send none.
     """
+    shape = tuple(facts["image-shape"]) if "image-shape" in facts else None
     if "data-path" in node_config:
-        splits = images.load_folder(str(node_config["data-path"]), number, config.seed)
+        splits = images.load_folder(str(node_config["data-path"]), number, config, shape)
     elif "partition-id" in node_config and "num-partitions" in node_config:
-        how = (config.dataset, config.partitioner, config.dirichlet_alpha, config.seed)
-        splits = images.load_partition(number, int(str(node_config["num-partitions"])), *how)
+        splits = images.load_partition(number, int(str(node_config["num-partitions"])), config)
     else:
         raise UserError("a node needs --node-config 'data-path=\"…\"' or 'partition-id=… num-partitions=…'")
     names = facts.get("class-names")

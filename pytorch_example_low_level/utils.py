@@ -186,7 +186,7 @@ def open_run(
     # A run is resumed only with the same configuration, model and data.
     identity = config.model_dump(by_alias=True, exclude=OPERATIONAL) | {**facts, "score": score}
     identity |= {f"model: {name}": f"{tensor.dtype} {tuple(tensor.shape)}" for name, tensor in model.items()}
-    identity["test data"] = fingerprint
+    identity["data"] = fingerprint
     directory = Path(config.resume_from).expanduser().absolute() if config.resume_from else make_directory(config)
     if config.resume_from and not (directory / "checkpoints" / "last.pt").is_file():
         raise UserError(f"resume-from: {directory} is not the directory of a run that has committed a round")

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from pytorch_example_low_level import client_app, images, server_app, utils
-from tests.grid import PROJECT, InProcessGrid, make_context, run_config
+from tests.grid import PROJECT, InProcessGrid, make_context, run_config, typed_config
 
 torch.set_num_threads(1)
 
@@ -83,13 +83,18 @@ class App:
         return max(folders, key=lambda p: (p / "run_config.json").stat().st_mtime_ns)
 
 
-load_test_split_once = functools.cache(images.load_test_split)
+load_test_data = images.load_test_split
+
+
+@functools.cache
+def load_test_split_once(dataset: str) -> images.Split:
+    return load_test_data(typed_config(dataset=dataset))
 
 
 @pytest.fixture
 def app(tiny_dataset, tmp_path, monkeypatch) -> App:
     """The app, with an output directory of its own; the many runs share one loading of the test split."""
-    monkeypatch.setattr(images, "load_test_split", load_test_split_once)
+    monkeypatch.setattr(images, "load_test_split", lambda config: load_test_split_once(config.dataset))
     return App(tiny_dataset, tmp_path / "outputs")
 
 

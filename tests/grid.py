@@ -17,6 +17,8 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
+from pytorch_example_low_level.config import RunConfig
+
 PROJECT = Path(__file__).parent.parent
 FACTS = {"image-shape": [1, 28, 28], "class-names": list("abcdefghij")}  # of ten classes of grey images
 Handler = Callable[[Message, Context], Message | list[Message] | None]
@@ -30,6 +32,10 @@ def run_config(**overrides) -> dict:
 
 def make_context(config: dict, node_id: int = 0, node_config: dict | None = None) -> Context:
     return Context(run_id=1, node_id=node_id, node_config=node_config or {}, state=RecordDict(), run_config=config)
+
+
+def typed_config(**overrides) -> RunConfig:
+    return RunConfig.from_context(make_context(run_config(**overrides)))
 
 
 class InProcessGrid(Grid):

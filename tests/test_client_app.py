@@ -14,7 +14,7 @@ from torch import nn
 from pytorch_example_low_level import client_app, images, task
 from pytorch_example_low_level.config import CODE, Purpose, RunConfig, random_stream
 from tests.conftest import model, results, same_bits
-from tests.grid import FACTS, InProcessGrid, make_context, run_config
+from tests.grid import FACTS, InProcessGrid, make_context, run_config, typed_config
 
 NODES = 3  # with partitions of 21 to 72 images
 SETTINGS = {
@@ -51,7 +51,7 @@ def settings(tiny_dataset) -> dict:
 
 
 def local(dataset: str, partition: int) -> dict[str, images.Split]:
-    return images.load_partition(partition, NODES, dataset, "dirichlet", 0.5, 5)
+    return images.load_partition(partition, NODES, typed_config(dataset=dataset, dirichlet_alpha=0.5, seed=5))
 
 
 def trained_by_hand(data: images.Split, server_round: int, partition: int, lr: float, augment: bool):
@@ -335,7 +335,9 @@ def test_the_split_of_a_nodes_own_data_stays_the_same(tmp_path, monkeypatch):
     for node_config in ({}, {"partition_id": 7}):
         ask(run_config(seed=9), MessageType.TRAIN, content, data_path="/here", **node_config)
     node_id = next(iter(InProcessGrid(client_app.app, {}, 1).contexts))
-    assert asked == [("/here", node_id, 9), ("/here", 7, 9)]
+    assert [(path, number, config.seed, shape) for path, number, config, shape in asked] == [
+        ("/here", node_id, 9, None), ("/here", 7, 9, None)
+    ]  # fmt: skip
 
 
 def test_a_node_without_data_says_what_it_needs(settings):

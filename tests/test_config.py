@@ -56,6 +56,11 @@ WRONG = {
     "output-dir": [1, "", "  ", "a\0b"],
     "resume-from": [1, "a\0b"],
     "initial-model": [1, "a\0b"],
+    "image-column": [1],
+    "label-column": [1],
+    "image-size": ["28", -1, 15, 513],
+    "partition-column": [1],
+    "classes-per-node": ["2", 0],
     "use-wandb": ["false", 0],
     "wandb-project": [1, "", "a/b", "x" * 129, "a b"],
 }
@@ -139,7 +144,7 @@ def test_keys_that_may_change_on_resuming_are_told_apart():
     lasting = RunConfig.from_context(make_context(DEFAULTS)).model_dump(by_alias=True, exclude=OPERATIONAL)
     assert DEFAULTS.keys() - lasting.keys() == {
         "num-server-rounds", "min-available-nodes", "node-wait-timeout", "train-timeout", "query-timeout",
-        "evaluate-timeout", "server-device", "output-dir", "resume-from", "use-wandb", "wandb-project",
+        "evaluate-timeout", "server-device", "output-dir", "resume-from", "use-wandb", "wandb-project", "dataset",
     }  # fmt: skip
     assert lasting.items() <= DEFAULTS.items()
 
@@ -222,3 +227,15 @@ def test_other_code_is_one_clear_error_and_the_same_code_elsewhere_is_none():
         UserError, match=rf"other code than the server: the node {re.escape(CODE)}, the server 0 in /b\."
     ):
         check_code("0 in /b")
+
+
+def test_an_error_that_says_nothing_shows_its_cause():
+    def generate() -> None:
+        try:
+            raise KeyError("magic")
+        except KeyError as error:
+            raise RuntimeError("while generating") from error
+
+    said = r"^Cannot read: while generating \('magic'\); allowed: x$"
+    with pytest.raises(UserError, match=said), explained("Cannot read", "; allowed: x"):
+        generate()

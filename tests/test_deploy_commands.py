@@ -24,7 +24,9 @@ from deploy.local_federation import (
     run_command,
 )
 from deploy.prepare_partitions import write_partitions
+from pytorch_example_low_level import images
 from tests.conftest import wait_for
+from tests.grid import typed_config
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -175,8 +177,10 @@ def test_partitions_are_written_for_each_node_and_never_over_others(tmp_path, ti
 def test_the_record_names_a_data_set_so_that_the_server_finds_it(typed, tiny_dataset, tmp_path, monkeypatch):
     (tmp_path / "tiny").symlink_to(tiny_dataset)
     monkeypatch.chdir(tmp_path)
-    tiny = prepare_partitions.partitions(tiny_dataset, "iid", 2, 1.0, 42, decoded=False)
-    monkeypatch.setattr(prepare_partitions, "partitions", lambda *args, **kwargs: tiny)
+    tiny = typed_config(dataset=tiny_dataset, partitioner="iid")
+    for name in ("opened", "partitions", "rows_of_partition"):
+        real = getattr(images, name)
+        monkeypatch.setattr(prepare_partitions, name, lambda config, *args, real=real: real(tiny, *args))
     write_partitions(tmp_path / "parts", 2, typed, "iid", 1.0, 42)
     assert dataset_of(tmp_path / "parts") == (tiny_dataset if typed == "./tiny" else typed)
 

@@ -213,7 +213,17 @@ def test_the_fab_holds_the_app_readme_and_licence_and_nothing_else(tmp_path):
         names = {name for name in archive.namelist() if not name.startswith(".info/")}
         assert names == {"pyproject.toml", "README.md", "LICENSE"} | {
             f"pytorch_example_low_level/{m}.py"
-            for m in ("__init__", "client_app", "config", "images", "messaging", "server_app", "task", "utils")
+            for m in (
+                "__init__",
+                "client_app",
+                "config",
+                "images",
+                "messaging",
+                "pixels",
+                "server_app",
+                "task",
+                "utils",
+            )
         }
         assert max(info.file_size for info in archive.infolist()) < 1_000_000  # the limit for publishing
     assert fab.stat().st_size < 10_000_000

@@ -98,7 +98,10 @@ def test_the_published_app_loads_up_to_its_images_which_it_takes_from_the_hub(fo
         "logging.getLogger('flwr').setLevel('INFO')\n"
         "from pytorch_example_low_level import images\n"
         "try:\n"
-        "    images.load_test_split('fashion-mnist-sample')\n"
+        "    import tomllib\n"
+        "    from pytorch_example_low_level.config import RunConfig\n"
+        "    defaults = tomllib.load(open('pyproject.toml', 'rb'))['tool']['flwr']['app']['config']\n"
+        "    images.load_test_split(RunConfig.model_validate(defaults))\n"
         "except ValueError as error:\n"
         "    print('error:', error)\n"
     )

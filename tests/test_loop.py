@@ -14,7 +14,7 @@ from flwr.serverapp.strategy import FedAvg
 from pytorch_example_low_level import client_app, images, messaging, server_app, task, utils
 from pytorch_example_low_level.config import CODE, UserError
 from tests.conftest import model, results, same_bits
-from tests.grid import FACTS, InProcessGrid, TimedGrid
+from tests.grid import FACTS, InProcessGrid, TimedGrid, typed_config
 
 pytestmark = pytest.mark.usefixtures("quick_plot")
 
@@ -61,7 +61,7 @@ def test_a_run_leaves_the_promised_files_and_figures(app):
     accuracies = [row["centralized_accuracy"] for row in rows]
     net = task.make_model(FACTS)
     net.load_state_dict(model(directory, "checkpoints/best.pt"))
-    test_split = images.load_test_split(app.config()["dataset"])
+    test_split = images.load_test_split(typed_config(dataset=app.config()["dataset"]))
     assert task.test(net, test_split, torch.device("cpu"))["accuracy"] == max(accuracies)
     net.load_state_dict(model(directory))
     assert task.test(net, test_split, torch.device("cpu"))["accuracy"] == accuracies[-1]
@@ -76,7 +76,7 @@ def test_a_run_leaves_the_promised_files_and_figures(app):
 
 def test_the_accuracy_of_each_class_is_recorded(app):
     """The mean over the classes, weighted by their images, is the accuracy."""
-    labels = images.load_test_split(app.config()["dataset"]).labels
+    labels = images.load_test_split(typed_config(dataset=app.config()["dataset"])).labels
     counts = torch.bincount(labels, minlength=10).double()
     for row in results(app.run()):
         per_class = torch.tensor([math.nan if a is None else a for a in row["centralized_accuracy_per_class"]]).double()
@@ -136,7 +136,7 @@ def test_the_messages_are_those_of_the_contract(app):
     app.run(grid, opt_in_probability=1.0, lr_decay_every=1, query_max_delay=0.01)
     train, query, evaluate = (by_round(grid, t) for t in (MessageType.TRAIN, MessageType.QUERY, MessageType.EVALUATE))
     assert len(grid.sent) == 2 * (3 + 5 + 5)
-    facts = images.load_test_split(app.config()["dataset"]).facts
+    facts = images.load_test_split(typed_config(dataset=app.config()["dataset"])).facts
 
     def config_of(message: Message, timeout: float) -> dict:
         config = dict(message.content["config"])
@@ -296,7 +296,7 @@ def test_the_plot_copes_with_rounds_without_evaluation(app, monkeypatch):
 
 def test_a_long_central_evaluation_costs_no_node_its_place(app, monkeypatch):
     """It takes ten times `query-timeout`: prompt answers to the queries are used, late ones are not."""
-    real, central = task.test, images.load_test_split(app.config()["dataset"])
+    real, central = task.test, images.load_test_split(typed_config(dataset=app.config()["dataset"]))
 
     def slow(net, data, *args):
         time.sleep(1.5 if data is central and grid.sent else 0)  # not in round 0
@@ -375,7 +375,9 @@ def test_nodes_that_register_after_round_1_take_part(app):
 
 def test_a_simulation_is_not_resumed_with_other_nodes(app):
     directory = app.run(num_server_rounds=1)
-    with pytest.raises(UserError, match=r'The run had 5 simulated nodes, and now there are 6\..*"num-supernodes=5 '):
+    with pytest.raises(
+        UserError, match=r'The data is split for 5 simulated nodes, and now there are 6\..*"num-supernodes=5 '
+    ):
         app.run(app.grid(num_nodes=6), resume_from=str(directory))
     assert len(results(directory)) == 2
     assert len(results(app.run(resume_from=str(directory)))) == 3

@@ -172,15 +172,21 @@ def test_a_table_of_paths_and_labels(try_out, animals, kind, monkeypatch):
 
     monkeypatch.chdir(animals)
     for split in ("train", "test"):
-        rows = [(str(path), path.parent.name) for path in sorted(Path("animals", split).glob("*/*.png"))]
-        table = pandas.DataFrame(rows, columns=["path", "animal"])
+        paths = sorted(Path("animals", split).glob("*/*.png"))
+        rows = [(str(path), path.parent.name, ("north", "south")[i % 2]) for i, path in enumerate(paths)]
+        table = pandas.DataFrame(rows, columns=["path", "animal", "site"])
         table.to_csv(f"{split}.csv", index=False, quoting=csv.QUOTE_MINIMAL)
         table.to_parquet(f"{split}.parquet")
     code = block("table").replace('"animals"', '"table"')
     exec(code.replace('"csv"', f'"{kind}"').replace(".csv", f".{kind}"), {})
-    done = try_out(changed_app(), dataset=str(animals / "table"), num_server_rounds=1)
+    app, how = changed_app(), {"partitioner": "natural", "partition_column": "site", "label_column": "animal"}
+    grid = InProcessGrid(app.client_app.app, {}, 2)
+    settings = {"num_server_rounds": 1, "fraction_clients_train": 1.0, "opt_in_probability": 1.0}
+    done = try_out(app, grid, dataset=str(animals / "table"), **settings, **how)
+    nodes = [json.loads(line) for line in (done.directory / "node_results.jsonl").read_text().splitlines()]
+    assert [node["node"] for node in nodes] == ["north", "south"]
     assert json.loads((done.directory / "run_config.json").read_text())["class-names"] == ["ant", "bee", "cat"]
-    assert done.rows[1]["train_received"] == 3
+    assert done.rows[1]["train_received"] == 2
 
 
 def block(recipe: str) -> str:
@@ -557,12 +563,14 @@ def test_the_next_character_is_learned(try_out, tmp_path):
     sources = Path(app.task.__file__).parent
     texts = [path for path in sources.glob("*.py") if path.name != "config.py" and path.stat().st_size > 1000]
     grid = InProcessGrid(app.client_app.app, {}, len(texts))
-    done = try_out(app, grid, num_server_rounds=3, fraction_clients_train=1.0, text_folder=str(sources))
+    settings = {"fraction_clients_train": 1.0, "opt_in_probability": 1.0, "text_folder": str(sources)}
+    done = try_out(app, grid, num_server_rounds=3, **settings)
     losses = [row["centralized_loss"] for row in done.rows]
     assert losses[0] == pytest.approx(math.log(256), rel=0.05)
     assert losses[-1] < 3.2
     assert done.rows[-1]["centralized_negative_loss"] == -losses[-1]
-    with pytest.raises(Exception, match=f"so there must be as many nodes: num-supernodes={len(texts)}"):
+    assert '"node": "messaging.py"' in (done.directory / "node_results.jsonl").read_text()
+    with pytest.raises(Exception, match=f"split for {len(texts)} simulated nodes, and now there are 5"):
         try_out(app, fraction_clients_train=1.0, text_folder=str(sources))
 
 

@@ -239,16 +239,33 @@ def test_another_model_and_other_data_are_refused(app, monkeypatch, tmp_path):
 
     (copy / "data" / "test.parquet").write_bytes((copy / "data" / "train.parquet").read_bytes())
     load_test_split_once.cache_clear()
-    with pytest.raises(UserError, match="- test data: "):
+    images.read.cache_clear()
+    with pytest.raises(UserError, match="- data: "):
         app.run(num_server_rounds=2, dataset=str(copy), resume_from=str(directory))
+
+
+def test_the_same_data_at_another_path_is_accepted_and_changed_training_data_is_not(app, tmp_path):
+    """With one training image less, validation images would become training images."""
+    first = shutil.copytree(app.defaults["dataset"], tmp_path / "first")
+    directory = app.run(num_server_rounds=1, dataset=str(first))
+    second = shutil.copytree(first, tmp_path / "second")
+    app.run(num_server_rounds=2, dataset=str(second), resume_from=str(directory))
+    import datasets
+
+    rows = datasets.load_dataset(str(first), split="train")
+    rows.select(range(len(rows) - 1)).to_parquet(second / "data" / "train.parquet")
+    load_test_split_once.cache_clear()
+    images.read.cache_clear()
+    with pytest.raises(UserError, match="- data: "):
+        app.run(num_server_rounds=3, dataset=str(second), resume_from=str(directory))
 
 
 def test_other_labels_are_other_data(app, monkeypatch):
     directory = app.run(num_server_rounds=1)
     data = load_test_split_once(app.defaults["dataset"])
     other = images.Split(data.images, data.labels.roll(1), data.class_names)
-    monkeypatch.setattr(images, "load_test_split", lambda dataset: other)
-    with pytest.raises(UserError, match="- test data: "):
+    monkeypatch.setattr(images, "load_test_split", lambda config: other)
+    with pytest.raises(UserError, match="- data: "):
         app.run(num_server_rounds=2, resume_from=str(directory))
 
 
@@ -257,7 +274,7 @@ def test_class_names_in_another_order_are_refused(app, monkeypatch):
     directory = app.run(num_server_rounds=1)
     data = load_test_split_once(app.defaults["dataset"])
     other = images.Split(data.images, data.labels, data.class_names[::-1])
-    monkeypatch.setattr(images, "load_test_split", lambda dataset: other)
+    monkeypatch.setattr(images, "load_test_split", lambda config: other)
     with pytest.raises(UserError, match="- class-names: "):
         app.run(num_server_rounds=2, resume_from=str(directory))
 
@@ -282,7 +299,7 @@ def test_another_number_of_simulated_nodes_is_refused(app):
     """It would deal the images out anew, and train on what another node has for validation."""
     directory = app.run(num_server_rounds=1)
     before = results(directory)
-    with pytest.raises(UserError, match=r"had 5 simulated nodes, and now there are 6.*num-supernodes=5 "):
+    with pytest.raises(UserError, match=r"split for 5 simulated nodes, and now there are 6.*num-supernodes=5 "):
         app.run(app.grid(num_nodes=6), num_server_rounds=2, resume_from=str(directory), node_wait_timeout=0.2)
     assert results(directory) == before
 

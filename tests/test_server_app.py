@@ -58,7 +58,7 @@ class Registering(InProcessGrid):
 
 
 def wait(grid, before=None, *, resumed=True, **overrides) -> int:
-    nodes = wait_for_nodes(grid, config_with(**overrides), before, resumed=resumed)
+    nodes = wait_for_nodes(grid, config_with(**overrides), before, (), resumed=resumed)
     assert [grid.partition(node.node_id) for node in nodes] == list(range(len(nodes)))
     return len(nodes)
 
@@ -87,7 +87,7 @@ def test_the_number_of_the_last_round_needs_no_wait(monkeypatch):
 
 
 def test_a_resumed_run_waits_for_its_number_to_stand_still():
-    with pytest.raises(UserError, match=r"The run had 5 simulated nodes, and now there are 10\."):
+    with pytest.raises(UserError, match=r"The data is split for 5 simulated nodes, and now there are 10\."):
         wait(Registering(5, 10, 10), before=5)
 
 
@@ -117,9 +117,19 @@ def test_waiting_for_nodes_is_logged_every_five_seconds(monkeypatch, caplog):
 
 def test_a_simulation_resumed_with_other_nodes_is_refused():
     for before, now in ((4, 5), (6, 5)):
-        said = rf'The run had {before} simulated nodes, and now there are {now}\..* "num-supernodes={before} '
+        said = rf'The data is split for {before} simulated nodes, and now there are {now}\..* "num-supernodes={before} '
         with pytest.raises(UserError, match=said):
             wait(Registering(now), before=before)
+
+
+def test_a_simulation_has_a_node_for_each_site():
+    names = ["east", "north", "south"]
+    nodes = wait_for_nodes(Registering(3), config_with(), None, names, resumed=False)
+    assert [node.name for node in nodes] == names
+    said = r'split for 3 simulated nodes, and now there are 5\..*"num-supernodes=3 client-resources-num-cpus=1"'
+    with pytest.raises(UserError, match=said):
+        wait_for_nodes(Registering(5), config_with(), None, names, resumed=False)
+    assert len(wait_for_nodes(Registering(5, simulated=False), config_with(), None, names, resumed=False)) == 5
 
 
 @pytest.mark.parametrize(("simulated", "resumed"), [(False, True), (False, False), (True, False)])

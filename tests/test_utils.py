@@ -290,7 +290,8 @@ import os, sys, time
 from pathlib import Path
 sys.modules["torchvision"] = None  # an import would raise
 from pytorch_example_low_level import images, server_app, utils
-images.load_test_split(sys.argv[1])
+from tests.grid import typed_config
+images.load_test_split(typed_config(dataset=sys.argv[1]))
 print("early:", sorted({"flwr_datasets", "matplotlib", "torch._dynamo", "wandb"} & sys.modules.keys()), flush=True)
 from tests.conftest import App
 server_app.SETTLE = 0.01

@@ -1,0 +1,166 @@
+"""From encoded images to tensors: the shape that all get, their conversion, and a cache of the decoded ones."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+import io
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from filelock import FileLock
+from PIL import Image, ImageOps
+
+from pytorch_example_low_level.config import UserError, explained, log
+
+if TYPE_CHECKING:
+    import datasets
+
+PROGRESS_EVERY = 10  # seconds
+
+
+@dataclass(frozen=True, eq=False)  # compared by identity, so that it can be the key of a cache
+class Source:
+    """What a folder or data set holds: undecoded images, their labels, and perhaps the sites that they come from."""
+
+    kind: str
+    splits: dict[str, datasets.Dataset]  # columns "image" (bytes or path), "label" (ClassLabel or int), perhaps "site"
+    class_names: list[str]
+
+
+@lru_cache(maxsize=8)
+def labels_of(source: Source, split: str) -> np.ndarray:
+    """Return the labels (N,) of a split as int64. Raises UserError if some are missing."""
+    column = source.splits[split].with_format("arrow")[:]["label"]
+    labels = np.array([-1 if label is None else label for label in column.to_pylist()], dtype=np.int64)
+    if (labels < 0).any():
+        raise UserError(f"some images have no label, the first is number {int((labels < 0).argmax())} of {split}")
+    return labels
+
+
+def common_shape(source: Source, image_size: int) -> tuple[int, int, int]:
+    """Return the shape (C, H, W) for all images: grey if all are, and `image_size`, or 28 if all are 28x28, else 32."""
+    path = cache_folder() / f"{'-'.join(key_of(source, split) for split in source.splits)}.json"
+    try:
+        channels, size = json.loads(path.read_text())
+    except (OSError, ValueError):
+        headers = set()
+        for split in source.splits:
+            for data, name in encoded(source, split):
+                with explained(f"the image {name} cannot be read"), Image.open(data) as image:
+                    headers.add((image.mode, image.size))
+        channels = 1 if {mode for mode, _ in headers} <= {"1", "L", "LA"} else 3
+        size = 28 if {size for _, size in headers} == {(28, 28)} else 32
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps([channels, size]))
+    return channels, image_size or size, image_size or size
+
+
+@lru_cache(maxsize=8)
+def decoded(source: Source, split: str, shape: tuple[int, int, int]) -> np.ndarray:
+    """Return the images of a split as uint8 (N, C, H, W), in memory that all processes of the machine share.
+
+    They are decoded once a machine, into a file in the cache of Hugging Face's `datasets`, and without a
+    cache that can be written once a process.
+    """
+    size = (len(source.splits[split]), *shape)
+    code = hashlib.sha256(inspect.getsource(to_pixels).encode()).hexdigest()[:8]
+    path = cache_folder() / f"{key_of(source, split)}-{'x'.join(map(str, shape))}-{code}.npy"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_suffix(".lock")):
+            if not path.exists():
+                beside = path.with_suffix(".part")
+                pixels = np.lib.format.open_memmap(beside, mode="w+", dtype=np.uint8, shape=size)
+                decode(source, split, shape, pixels)
+                pixels.flush()
+                beside.replace(path)
+        images: np.ndarray = np.load(path, mmap_mode="r")
+        return images
+    except OSError as error:
+        log.warning("The decoded images of %s cannot be kept in %s: %s", split, path.parent, error)
+        images = np.empty(size, dtype=np.uint8)
+        decode(source, split, shape, images)
+        return images
+
+
+def decode(source: Source, split: str, shape: tuple[int, int, int], pixels: np.ndarray) -> None:
+    """Decode the images of a split into `pixels` (N, C, H, W). Raises UserError that names an image that fails."""
+    began = logged = time.monotonic()
+    for number, (data, name) in enumerate(encoded(source, split)):
+        with explained(f"the image {name} cannot be decoded"), Image.open(data) as image:
+            pixels[number] = to_pixels(image, shape).transpose(2, 0, 1)
+        if (now := time.monotonic()) > logged + PROGRESS_EVERY:
+            logged, left = now, (now - began) * (len(pixels) / (number + 1) - 1)
+            log.info("... %s/%s images of %s decoded, about %.0f s left", number + 1, len(pixels), split, left)
+
+
+def to_pixels(image: Image.Image, shape: tuple[int, int, int]) -> np.ndarray:
+    """Convert an image to uint8 (H, W, C) for a shape (C, H, W): upright, on white, grey or RGB, cut to the shape.
+
+    The short side is resized, with antialiasing, and the middle of the long side is used.
+    """
+    if image.mode.startswith(("I", "F")):  # 16 bits or more: `convert` would clip at 255
+        raise UserError(f"its mode is {image.mode}; convert the images to 8 bits a channel")
+    if (frames := getattr(image, "n_frames", 1)) > 1 and image.format != "MPO":  # a phone's MPO holds a preview, too
+        raise UserError(f"it has {frames} frames, and one is expected")
+    image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    channels, height, width = shape
+    image = ImageOps.fit(image.convert("L" if channels == 1 else "RGB"), (width, height), Image.Resampling.BICUBIC)
+    return np.asarray(image).reshape(height, width, channels)
+
+
+def rows_of(source: Source, split: str) -> Iterator[dict[str, Any]]:
+    """Yield "bytes" and "path" of each image of a split, as they are stored. Arrow is much faster than single rows."""
+    for batch in source.splits[split].select_columns(["image"]).with_format("arrow").iter(1000):
+        yield from (row or {"bytes": None, "path": None} for row in batch["image"].to_pylist())
+
+
+def encoded(source: Source, split: str) -> Iterator[tuple[io.BytesIO | str, str]]:
+    """Yield each image of a split as a file or a path, with its name. Raises UserError for a row without an image."""
+    for number, row in enumerate(rows_of(source, split)):
+        data, path = row["bytes"], row["path"]
+        if data is not None:
+            yield io.BytesIO(data), f"number {number} of {split}" + f" ({path})" * bool(path)
+        elif path:
+            yield path, path
+        else:
+            raise UserError(f"row {number} of {split} has no image")
+
+
+@lru_cache(maxsize=8)
+def key_of(source: Source, split: str) -> str:
+    """Return a digest of the encoded images of a split: of their bytes, or of path, size and time of their files."""
+    digest = hashlib.sha256()
+    for row in rows_of(source, split):
+        if row["bytes"] is None and row["path"]:
+            status = Path(row["path"]).stat()
+            digest.update(repr((row["path"], status.st_size, status.st_mtime_ns)).encode())
+        else:
+            digest.update(row["bytes"] or b"")
+    return digest.hexdigest()[:20]
+
+
+def cache_folder() -> Path:
+    """Return the folder for decoded images."""
+    import datasets
+
+    return Path(datasets.config.HF_DATASETS_CACHE) / "pytorch_example_low_level"
+
+
+def digest_of(*arrays: np.ndarray) -> str:
+    """Return a digest of arrays."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()[:16]
