@@ -1,4 +1,4 @@
-"""Compares the recipes of docs/recipes.md with the unchanged app, in this process.
+"""Compares the recipes of docs/recipes/ with the unchanged app, in this process.
 
     python -m benchmarks.recipes fedprox --seeds 3
 

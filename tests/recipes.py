@@ -1,17 +1,8 @@
-"""Applies the blocks of docs/recipes.md to a copy of the app, and runs the copy in this process.
+"""Applies recipes to a copy of the app, and runs the copy in this process."""
 
-    python -m tests.recipes fedprox .      # changes the app in this folder; `git diff` shows what
-
-A `python` block holds whole definitions: each replaces the one of its name, or goes to the end of
-the file; imports go to the top. A `diff` block holds lines: those with `-` and without a sign are
-in the file once, in a row, and become those with `+` and without. `@@` begins another place.
-"""
-
-import ast
 import functools
 import importlib
 import itertools
-import re
 import shutil
 import sys
 import tempfile
@@ -20,66 +11,11 @@ import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
+from recipes import PACKAGE, apply
 from tests.grid import PROJECT, InProcessGrid, make_context
 
-PACKAGE = "pytorch_example_low_level"
-TEXT = (PROJECT / "docs" / "recipes.md").read_text()
-BLOCK = re.compile(r"<!-- ([\w-]+): ([\w./]+) -->\n+```(\w+)\n(.*?)```", re.DOTALL)
 numbers = itertools.count()
 copies = tempfile.TemporaryDirectory(prefix="recipes-")  # goes when this process ends
-
-
-def blocks(recipe: str) -> list[tuple[str, str, str]]:
-    """File, language and text of the blocks of a recipe."""
-    found = [match[1:] for match in BLOCK.findall(TEXT) if match[0] == recipe]
-    assert found, f"docs/recipes.md has no recipe {recipe!r}"
-    return found
-
-
-def apply(recipe: str, app: Path) -> None:
-    """Change the app in a folder as a reader of the recipe would."""
-    for file, language, text in blocks(recipe):
-        path = app / file if file == "pyproject.toml" else app / PACKAGE / file
-        edit = {"python": with_definitions, "diff": with_lines}[language]
-        path.write_text(edit(path.read_text(), text))
-
-
-def with_lines(source: str, diff: str) -> str:
-    for place in re.split(r"^@@.*\n", diff, flags=re.MULTILINE):
-        lines = [(line[:1], line[1:]) for line in place.splitlines(keepends=True)]
-        old = "".join(line or "\n" for sign, line in lines if sign != "+")
-        new = "".join(line or "\n" for sign, line in lines if sign != "-")
-        assert source.count(old) == 1, f"not there once:\n{old}"
-        source = source.replace(old, new)
-    return source
-
-
-def with_definitions(source: str, code: str) -> str:
-    imports, added = [], []
-    for node in ast.parse(code).body:
-        text = segment(code, node)
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            imports.append(text)
-        elif old := next((n for n in ast.parse(source).body if name_of(n) == name_of(node)), None):
-            source = source.replace(segment(source, old), text)
-        else:
-            added.append(text)
-    if imports:
-        lines = source.splitlines()
-        last = max(n.end_lineno for n in ast.parse(source).body if isinstance(n, ast.Import | ast.ImportFrom))
-        source = "\n".join([*lines[:last], *imports, *lines[last:]])
-    return "\n\n\n".join([source.rstrip("\n"), *added]) + "\n"
-
-
-def name_of(node: ast.stmt) -> str | None:
-    target = node.targets[0] if isinstance(node, ast.Assign) else node
-    return getattr(target, "name", None) or getattr(target, "id", None)
-
-
-def segment(source: str, node: ast.stmt) -> str:
-    """The lines of a statement, with its decorators."""
-    first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
-    return "\n".join(source.splitlines()[first - 1 : node.end_lineno])
 
 
 def changed_app(*recipes: str) -> SimpleNamespace:
@@ -158,7 +94,3 @@ def run(app: SimpleNamespace, config: dict, grid: InProcessGrid | None = None, n
         context.run_config = config
     app.server_app.main(grid, make_context(config))
     return grid
-
-
-if __name__ == "__main__":
-    apply(sys.argv[1], Path(sys.argv[2]))

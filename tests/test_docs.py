@@ -1,4 +1,4 @@
-"""What README and docs say is what the code does. `test_recipes.py` runs docs/recipes.md."""
+"""What README and docs say is what the code does. `test_recipes.py` runs docs/recipes/."""
 
 import importlib
 import json
@@ -36,7 +36,7 @@ PAGES = {
         PROJECT / "README.md",
         PROJECT / "CONTRIBUTING.md",
         PROJECT / "CHANGELOG.md",
-        *PROJECT.glob("docs/*.md"),
+        *PROJECT.glob("docs/**/*.md"),
     )
 }
 README, REFERENCE = PAGES["README.md"], PAGES["docs/reference.md"]
@@ -285,7 +285,7 @@ def test_the_limits_in_the_reference_are_those_of_the_code():
 def test_every_run_config_in_a_command_is_valid(app):
     from flwr.common.config import parse_config_args
 
-    text = "\n".join(PAGES[page] for page in PAGES.keys() - {"docs/recipes.md"})  # recipes add settings
+    text = "\n".join(PAGES[page] for page in PAGES if not page.startswith("docs/recipes/"))  # they add settings
     commands = re.findall(r'--run-config (?:"([^"]*)"|([a-z-]+=\S+))', text)
     assert len(commands) >= 8
     for quoted, bare in commands:
@@ -293,7 +293,7 @@ def test_every_run_config_in_a_command_is_valid(app):
             RunConfig.from_context(make_context(DEFAULTS | parse_config_args([quoted or bare])))
 
 
-@pytest.mark.parametrize("module", sorted(set(re.findall(r"python -m ((?:benchmarks|deploy)\.\w+)", ALL))))
+@pytest.mark.parametrize("module", sorted(set(re.findall(r"python -m ((?:benchmarks|deploy)\.\w+|recipes)", ALL))))
 def test_our_commands_have_these_options(module, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [module, "--help"])
     with pytest.raises(SystemExit):

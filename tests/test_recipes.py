@@ -1,8 +1,9 @@
-"""Every block of docs/recipes.md, applied to a copy of the app that then runs."""
+"""Every block of docs/recipes/, applied to a copy of the app that then runs."""
 
 import csv
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,11 +16,15 @@ from flwr.app import ConfigRecord, Message, MessageType, MetricRecord, RecordDic
 from matplotlib.figure import Figure
 
 from pytorch_example_low_level import utils
+from recipes import PAGES, RecipeError, all_blocks, apply
 from tests.conftest import same_bits
-from tests.grid import FACTS, InProcessGrid
-from tests.recipes import BLOCK, TEXT, PacedGrid, blocks, changed_app, run
+from tests.grid import FACTS, PROJECT, InProcessGrid
+from tests.recipes import PacedGrid, changed_app, run
 
 pytestmark = pytest.mark.e2e
+
+RECIPES = all_blocks()
+TEXT = "\n".join(PAGES.values())
 
 TINY = {
     "partitioner": "iid",
@@ -107,8 +112,8 @@ def test_another_model_trains(try_out, recipe, count):
 
 @pytest.mark.parametrize("recipe", ["resnet18", "transformer"])
 def test_another_model_takes_six_lines(recipe):
-    ((_, _, code),) = blocks(recipe)
-    assert len([line for line in code.splitlines() if line.strip()]) <= 6
+    (block,) = RECIPES[recipe]
+    assert len([line for line in block.text.splitlines() if line.strip()]) <= 6
 
 
 # ------------------------------------------------------------------------- 2. Your own images
@@ -576,13 +581,11 @@ def test_the_next_character_is_learned(try_out, tmp_path):
 
 @pytest.mark.parametrize("recipes", [("tabular",), ("tabular", "regression"), ("text",)])
 def test_another_task_changes_nothing_but_task_and_settings(recipes):
-    touched = {file for recipe in recipes for file, _, _ in blocks(recipe)}
+    touched = {block.file for recipe in recipes for block in RECIPES[recipe]}
     assert touched <= {"task.py", "config.py", "pyproject.toml"}
 
 
 # --------------------------------------------------------------------------- The document
-
-RECIPES = list(dict.fromkeys(match[0] for match in BLOCK.findall(TEXT)))
 
 
 def test_every_recipe_has_a_test():
@@ -595,18 +598,61 @@ def test_every_recipe_has_a_test():
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_is_a_few_lines(recipe):
-    code = [line for _, _, text in blocks(recipe) for line in text.splitlines()]
+    code = [line for block in RECIPES[recipe] for line in block.text.splitlines()]
     changed = [line for line in code if line.strip() and line[0] not in "-@"]
     assert len(changed) <= (120 if recipe in ("tabular", "text") else 50)
     assert max(map(len, code)) <= 121  # a line of the app, and a sign
 
 
-def test_the_command_that_applies_a_recipe(tmp_path):
-    import shutil
+def test_a_page_is_short_and_the_index_links_each():
+    for name, page in PAGES.items():
+        assert len(page.splitlines()) <= 200, name
+        assert name == "README.md" or f"]({name}" in PAGES["README.md"], name
 
-    project = Path(__file__).parent.parent
-    shutil.copytree(project / "pytorch_example_low_level", tmp_path / "pytorch_example_low_level")
-    shutil.copy(project / "pyproject.toml", tmp_path)
-    subprocess.run([sys.executable, "-m", "tests.recipes", "fedprox", str(tmp_path)], cwd=project, check=True)
-    assert "proximal-mu = 0.01" in (tmp_path / "pyproject.toml").read_text()
-    assert "config.proximal_mu" in (tmp_path / "pytorch_example_low_level" / "task.py").read_text()
+
+# -------------------------------------------------------------------------------- The command
+
+
+@pytest.fixture
+def copy(tmp_path) -> Path:
+    shutil.copytree(PROJECT / "pytorch_example_low_level", tmp_path / "pytorch_example_low_level")
+    shutil.copy(PROJECT / "pyproject.toml", tmp_path)
+    return tmp_path
+
+
+def command(*args: object) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "recipes", *map(str, args)], cwd=PROJECT, capture_output=True, text=True, check=False
+    )
+
+
+def test_the_command_that_applies_a_recipe(copy):
+    assert command("fedprox", copy).returncode == 0
+    assert "proximal-mu = 0.01" in (copy / "pyproject.toml").read_text()
+    assert "config.proximal_mu" in (copy / "pytorch_example_low_level" / "task.py").read_text()
+
+
+def test_the_command_lists_all_recipes():
+    assert {line.split()[0] for line in command("--list").stdout.splitlines()} == RECIPES.keys()
+
+
+def test_a_recipe_that_does_not_fit_changes_nothing(copy):
+    """Only the last block, for pyproject.toml, does not fit."""
+    path = copy / "pyproject.toml"
+    path.write_text(path.read_text().replace("momentum = 0.9 ", "momentum = 0.8 "))
+    before = {file: file.read_text() for file in copy.rglob("*.*")}
+    done = command("fedprox", copy)
+    assert done.returncode == 1
+    assert "fedprox does not fit" in done.stderr
+    assert "momentum = 0.9" in done.stderr
+    assert {file: file.read_text() for file in copy.rglob("*.*")} == before
+
+
+def test_what_the_command_refuses(copy, tmp_path):
+    apply("fedprox", copy)
+    with pytest.raises(RecipeError, match=r"does not fit .* 0 times"):
+        apply("fedprox", copy)  # it is there already
+    with pytest.raises(RecipeError, match="there is no recipe 'fedprix'"):
+        apply("fedprix", copy)
+    with pytest.raises(RecipeError, match="is no folder of the app"):
+        apply("fedprox", tmp_path / "nowhere")

@@ -1,0 +1,136 @@
+"""Applies a recipe of docs/recipes/ to the app in a folder.
+
+    python -m recipes --list
+    python -m recipes fedprox          # changes the app in this folder; `git diff` shows what
+    python -m recipes fedprox ../copy
+
+It is for users, so it is not among the tests, which use it too. It is not part of the app, which is packed
+without the documentation. It stands beside `benchmarks` and `deploy`, and is started like them.
+
+A `python` block of a recipe holds whole definitions: each replaces the one of its name, or goes to the end of
+the file; imports go to the top. A `diff` block holds lines: those with `-` and without a sign are
+in the file once, in a row, and become those with `+` and without. `@@` begins another place.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import re
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+PACKAGE = "pytorch_example_low_level"
+PAGES = {path.name: path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("docs/recipes/*.md")}
+BLOCK = re.compile(r"<!-- ([\w-]+): ([\w./]+) -->\n+```(\w+)\n(.*?)```", re.DOTALL)
+
+
+class Block(NamedTuple):
+    """A change to one file."""
+
+    recipe: str
+    file: str
+    language: str
+    text: str
+
+
+class RecipeError(Exception):
+    """A recipe that does not exist, or does not fit the app in the folder."""
+
+
+def all_blocks() -> dict[str, list[Block]]:
+    """Return the blocks of each recipe, in the order of the pages."""
+    found: dict[str, list[Block]] = {}
+    for _, page in sorted(PAGES.items()):
+        for match in BLOCK.findall(page):
+            found.setdefault(match[0], []).append(Block(*match))
+    return found
+
+
+def apply(recipe: str, folder: Path) -> list[Path]:
+    """Change the app in a folder; return the changed files. Raises RecipeError, and then changes nothing."""
+    blocks = all_blocks().get(recipe)
+    if blocks is None:
+        raise RecipeError(f"there is no recipe {recipe!r}; `python -m recipes --list` shows the names")
+    changed: dict[Path, str] = {}
+    for block in blocks:
+        path = folder / block.file if block.file == "pyproject.toml" else folder / PACKAGE / block.file
+        try:
+            source = changed.get(path) or path.read_text(encoding="utf-8")
+            edit = {"python": with_definitions, "diff": with_lines}[block.language]
+            changed[path] = edit(source, block.text)
+        except FileNotFoundError:
+            raise RecipeError(f"{folder} is no folder of the app: there is no {path}") from None
+        except (RecipeError, SyntaxError) as error:
+            raise RecipeError(f"{recipe} does not fit {path}, so nothing was changed: {error}") from None
+    for path, source in changed.items():
+        path.write_text(source, encoding="utf-8")
+    return list(changed)
+
+
+def with_lines(source: str, diff: str) -> str:
+    """Return the source with the places of a diff block changed."""
+    for place in re.split(r"^@@.*\n", diff, flags=re.MULTILINE):
+        lines = [(line[:1], line[1:]) for line in place.splitlines(keepends=True)]
+        old = "".join(line or "\n" for sign, line in lines if sign != "+")
+        new = "".join(line or "\n" for sign, line in lines if sign != "-")
+        if source.count(old) != 1:
+            raise RecipeError(f"these lines are in it {source.count(old)} times, and not once:\n{old}")
+        source = source.replace(old, new)
+    return source
+
+
+def with_definitions(source: str, code: str) -> str:
+    """Return the source with the definitions of a python block in it."""
+    imports, added = [], []
+    for node in ast.parse(code).body:
+        text = segment(code, node)
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            imports.append(text)
+        elif old := next((n for n in ast.parse(source).body if name_of(n) == name_of(node)), None):
+            source = source.replace(segment(source, old), text)
+        else:
+            added.append(text)
+    if imports:
+        lines = source.splitlines()
+        last = max(n.end_lineno or 0 for n in ast.parse(source).body if isinstance(n, ast.Import | ast.ImportFrom))
+        source = "\n".join([*lines[:last], *imports, *lines[last:]])
+    return "\n\n\n".join([source.rstrip("\n"), *added]) + "\n"
+
+
+def name_of(node: ast.stmt) -> str | None:
+    """Return the name that a statement defines."""
+    target = node.targets[0] if isinstance(node, ast.Assign) else node
+    return getattr(target, "name", None) or getattr(target, "id", None)
+
+
+def segment(source: str, node: ast.stmt) -> str:
+    """Return the lines of a statement, with its decorators."""
+    first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
+    return "\n".join(source.splitlines()[first - 1 : node.end_lineno])
+
+
+def main() -> None:
+    """Parse the command line; list the recipes, or apply one."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", nargs="?", help="the recipe to apply")
+    parser.add_argument("folder", nargs="?", type=Path, default=Path(), help="of the app (default: this folder)")
+    parser.add_argument("--list", action="store_true", help="show names, pages and files, and change nothing")
+    args = parser.parse_args()
+    if args.list:
+        for page, text in sorted(PAGES.items()):
+            for recipe in dict.fromkeys(match[0] for match in BLOCK.findall(text)):
+                files = dict.fromkeys(block.file for block in all_blocks()[recipe])
+                print(f"{recipe:16} docs/recipes/{page:24} {', '.join(files)}")
+    elif not args.name:
+        parser.error("give the name of a recipe, or --list")
+    else:
+        try:
+            print("changed:", *apply(args.name, args.folder))
+        except RecipeError as error:
+            sys.exit(f"python -m recipes: {error}")
+
+
+if __name__ == "__main__":
+    main()
