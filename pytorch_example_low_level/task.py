@@ -170,6 +170,8 @@ def test(net: nn.Module, data: Data, device: torch.device, batch_size: int = 500
         raise UserError("the split to evaluate on is empty")
     was_training = net.training
     net.to(device).eval()
+    height, width = data.images.shape[-2:]
+    batch_size = max(1, batch_size * 32 * 32 // max(32 * 32, height * width))  # as much memory for large images
     logits = torch.cat([net(normalise(inputs.to(device))).cpu() for inputs in data.images.split(batch_size)])  # type: ignore[no-untyped-call]
     net.train(was_training)
     losses = F.cross_entropy(logits, data.labels, reduction="none").double()

@@ -11,6 +11,7 @@ import os
 import shlex
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 Row = dict[str, Any]  # one round in results.json
 Report = dict[str, Any]  # the evaluation of one node: its name, number of examples and metrics
 TAIL = {"min": 0, "p10": 10, "median": 50}  # percentiles of the nodes' scores
+MAX_NAME = 20  # characters of a name in the plot
 PLOT_EVERY = 30  # seconds between two drawings during a run
 
 
@@ -322,7 +324,8 @@ class Recorder:
     def draw(self) -> None:
         """Draw the plot, which takes about 0.3 s."""
         self.drawn_at = time.monotonic()
-        with optional("The plot"):
+        # Matplotlib warns of each character that its font lacks, at each drawing.
+        with optional("The plot"), warnings.catch_warnings(action="ignore", category=UserWarning):
             figure = plot_results(self.state.results, self.facts, self.score)
             replace_file(self.directory / "metrics.png", lambda file: figure.savefig(file, format="png", dpi=120))
 
@@ -414,7 +417,8 @@ def plot_results(results: Sequence[Row], facts: Mapping[str, Any], score: str) -
                 axes.imshow(central.T, extent=extent, aspect="auto", interpolation="nearest", **limits), ax=axes
             )
             if central.shape[1] <= 30:
-                axes.set_yticks(range(central.shape[1]), element_names(central[0], facts), parse_math=False)
+                names_shown = [name[:MAX_NAME] for name in element_names(central[0], facts)]
+                axes.set_yticks(range(central.shape[1]), names_shown, parse_math=False)
             continue
         # Okabe and Ito's colours; lines and markers differ, too.
         axes.plot(rounds, central, color="#0072B2", marker="o", label="central (test split)")

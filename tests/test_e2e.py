@@ -16,7 +16,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
+import recipes
 from benchmarks.simulation import LocalSuperLink, copy_app
 from deploy.cli import BIN, PROJECT, FinishedRun, FlowerCli, free_port, running, start, stop
 from tests.conftest import App, model, results, same_bits, wait_for
@@ -201,6 +203,55 @@ def test_a_run_on_the_superlink_of_another_copy_does_not_train_that_copys_code(t
     )
     assert re.search(said, run.log), run.log
     assert [row["round"] for row in run.results] == [0]
+
+
+# ------------------------------------------------------------------- What is learned
+
+
+def test_another_task_runs_with_flowers_engine(tmp_path):
+    app = copy_app(tmp_path / "app")
+    recipes.apply("tabular", app)
+    settings = {"nodes": 4, "num_server_rounds": 2, "fraction_clients_train": 0.5, "query_timeout": 60.0}
+    with LocalSuperLink(app) as superlink:  # the nodes import the app from the directory of the SuperLink
+        run = superlink.run(app=app, use_wandb=False, query_max_delay=0.0, **settings, **ONE_WORKER)
+    assert run.status == "finished:completed", run.log
+    assert [row["train_received"] for row in run.results] == [None, 2, 2]
+    assert run.results[2]["centralized_auc"] > 0.9
+
+
+TUTORIAL = """
+
+class Tutorial(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2, self.pool = nn.Conv2d(3, 6, 5), nn.Conv2d(6, 16, 5), nn.MaxPool2d(2, 2)
+        self.fc1, self.fc2, self.fc3 = nn.Linear(16 * 5 * 5, 120), nn.Linear(120, 84), nn.Linear(84, 10)
+
+    def forward(self, x):
+        x = self.pool(F.relu(self.conv1(x)))
+        x = self.pool(F.relu(self.conv2(x))).view(-1, 16 * 5 * 5)
+        return self.fc3(F.relu(self.fc2(F.relu(self.fc1(x)))))
+
+
+def make_model(facts):
+    return Tutorial()
+"""
+
+
+def test_the_network_of_flowers_tutorial_learns_colour_images(tmp_path):
+    app, data = copy_app(tmp_path / "app"), tmp_path / "data"
+    task = app / "pytorch_example_low_level" / "task.py"
+    task.write_text(task.read_text() + TUTORIAL)
+    for number in range(60):
+        path = data / ("test" if number % 3 == 0 else "train") / f"{number // 3 % 10}" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (number, 99, 255 - number)).save(path)
+    settings = {"nodes": 2, "num_server_rounds": 1, "fraction_clients_train": 1.0, "partitioner": "iid"}
+    with LocalSuperLink(app) as superlink:
+        run = superlink.run(app=app, dataset=str(data), use_wandb=False, **settings, **ONE_WORKER)
+    assert run.status == "finished:completed", run.log
+    assert run.results[1]["train_received"] == 2
+    assert "class folders; images: 20 test, 40 train; 10 classes (0, 1, 2, 3, 4, 5, 6, 7, 8, 9); 32x32 RGB" in run.log
 
 
 # ------------------------------------------------------------------------------- Package

@@ -96,6 +96,16 @@ def test_the_plot_shows_each_metric_the_score_first():
     utils.plot_results([], {}, "auc").savefig(io.BytesIO())
 
 
+def test_long_names_are_cut_and_missing_characters_cost_no_page_of_warnings(tmp_path, recwarn):
+    one = recorder(tmp_path, model={}, results=rows_with(centralized_accuracy_per_class=[[0.5, 1.0]] * 2))
+    one.facts = {"names": ["a name that is much too long", "\U0001f600\u4e2d"]}
+    one.draw()
+    assert (tmp_path / "metrics.png").stat().st_size > 10_000
+    assert not [warning for warning in recwarn if "missing from" in str(warning.message)]
+    axes = utils.plot_results(one.state.results, one.facts, SCORE).axes[2]
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["a name that is much ", "\U0001f600\u4e2d"]
+
+
 def test_a_list_has_the_names_of_the_only_fact_that_fits():
     facts = {"shape": [1, 2], "names": ["a", "b"]}
     assert utils.element_names([0.5, 0.5], facts) == ["a", "b"]
