@@ -37,8 +37,7 @@ def main(grid: Grid, context: Context) -> None:
     task.make_gpu_repeatable()
     test_data = task.load_test_data(config)
     net = task.initial_model(test_data.facts, config.seed)
-    if config.initial_model and not config.resume_from:
-        utils.load_model(config.initial_model, net)
+    frozen = utils.frozen(net).keys()
 
     with open_run(config, context.run_id, net, test_data.facts, test_data.fingerprint(), SCORE) as recorder:
         state, mailbox = recorder.state, Mailbox(grid)
@@ -61,9 +60,11 @@ def main(grid: Grid, context: Context) -> None:
             log.info("Sampled %s out of %s nodes.", len(cohort), len(nodes))
             row |= {"nodes_available": len(nodes), "train_sampled": len(cohort), "seconds_nodes": stopwatch.lap()}
 
-            # --- 1. TRAIN on the cohort, and 2. aggregate the models that come back
+            # --- 1. TRAIN on the cohort, and 2. aggregate the models that come back. What is frozen does not travel
+            model = {name: tensor for name, tensor in state.model.items() if name not in frozen}
             instructions = {"server-round": server_round, "app": CODE, **test_data.facts}
-            batch, state.model, train_loss = train(mailbox, cohort, state.model, instructions | {"lr": lr}, config)
+            batch, model, train_loss = train(mailbox, cohort, model, instructions | {"lr": lr}, config)
+            state.model = state.model | model
             state.last_fault = batch.log_faults()
             if server_round == 1 and batch.broken == len(cohort):
                 raise UserError(f"No node can train: {state.last_fault}")
@@ -86,7 +87,7 @@ def main(grid: Grid, context: Context) -> None:
                 row["seconds_query"] = stopwatch.lap()
 
                 # --- 5. EVALUATE on the nodes that opted in
-                reports, outcome = evaluate(mailbox, opted_in, state.model, instructions, metrics, config)
+                reports, outcome = evaluate(mailbox, opted_in, model, instructions, metrics, config)
                 row |= outcome | {"seconds_evaluate": stopwatch.lap()}
 
             # --- 6. Record: from here on, the round survives a crash
@@ -181,8 +182,7 @@ def train(
     log.info("📥 Received %s/%s results (TRAIN)", batch.received, len(cohort))
     if mean is None:
         log.warning("Round %s: no usable TRAIN reply; the global model stays as it is.", batch.server_round)
-        return batch, model, None
-    return batch, mean, weighted_mean_std(losses, weights)[0]
+    return batch, model if mean is None else mean, weighted_mean_std(losses, weights)[0]
 
 
 def weighted_mean(updates: Iterable[tuple[StateDict, int]], like: StateDict) -> StateDict | None:
@@ -258,15 +258,12 @@ def evaluate(
     log.info("📥 Received %s/%s results (EVALUATE)", batch.received, len(nodes))
     batch.log_faults()
     row: Row = {"evaluate_received": batch.received, "evaluate_failed": len(nodes) - batch.received}
-    if not reports:
-        log.info("📊 Federated evaluation -> no node took part")
-        return [], row
     weights, numbers = [report["num_examples"] for report in reports], []
     for name in central:
         mean, std = weighted_mean_std([report[name] for report in reports], weights)
         row |= {f"federated_evaluate_{name}": mean, f"federated_evaluate_{name}_std": std}
         numbers += [f"{name}: {mean:.3f}±{std:.3f}"] if isinstance(mean, float) else []
-    log.info("📊 Federated evaluation -> %s", " / ".join(numbers))
+    log.info("📊 Federated evaluation -> %s", " / ".join(numbers) or "no node took part")
     # A mean hides the nodes for which the model does not work, so the tail is also recorded.
     if scores := [report[SCORE] for report in reports if report[SCORE] is not None]:
         row |= {f"federated_evaluate_{SCORE}_{k}": float(np.percentile(scores, q)) for k, q in utils.TAIL.items()}
