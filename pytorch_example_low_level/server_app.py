@@ -91,7 +91,7 @@ def main(grid: Grid, context: Context) -> None:
                 row |= outcome | {"seconds_evaluate": stopwatch.lap()}
 
             # --- 6. Record: from here on, the round survives a crash
-            recorder.commit(row | {"seconds_total": whole_round.lap()}, reports)
+            recorder.commit(row | {"seconds_total": whole_round.lap()} | mailbox.traffic(), reports)
             log.info("⏱️ %s", time_summary(state.results, rounds_left=config.num_server_rounds - server_round))
 
         recorder.finish()
@@ -287,9 +287,10 @@ def weighted_mean_std(values: Sequence[Any], weights: Sequence[int]) -> tuple[An
 
 
 def time_summary(results: Sequence[Row], rounds_left: int) -> str:
-    """Return how long the last round took, and how long the rest takes at the median pace after the first round."""
+    """Return the time and traffic of the last round, and the time of the rest at the median pace after round 1."""
     row, names = results[-1], ("nodes", "train", "central", "query", "evaluate")
     phases = [f"{name} {row[f'seconds_{name}']:.1f}" for name in names if row[f"seconds_{name}"] is not None]
     pace = np.median([each["seconds_total"] for each in results[2:] or results[1:]])  # round 0 has no time
     left = timedelta(seconds=round(float(pace) * rounds_left))
-    return f"Round took {row['seconds_total']:.1f} s ({', '.join(phases)}); about {left} left"
+    traffic = f"{row['megabytes_sent']:.1f} MB sent, {row['megabytes_received']:.1f} MB received"
+    return f"Round took {row['seconds_total']:.1f} s ({', '.join(phases)}), {traffic}; about {left} left"

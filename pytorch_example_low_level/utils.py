@@ -49,6 +49,7 @@ def result_keys(metrics: Iterable[str], score: str) -> list[str]:
         *(f"federated_evaluate_{name}{suffix}" for name in metrics for suffix in ("", "_std")),
         *(f"federated_evaluate_{score}_{tail}" for tail in TAIL),
         "seconds_nodes", "seconds_train", "seconds_central", "seconds_query", "seconds_evaluate", "seconds_total",
+        "megabytes_sent", "megabytes_received",
     ]  # fmt: skip
 
 
@@ -63,10 +64,7 @@ def centralized(metrics: Mapping[str, Any]) -> Row:
 
 
 def frozen(net: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters that training cannot change. They are the same in every new model, so no message has them.
-
-    The keys are all names of such a parameter in the state_dict. Buffers are never among them.
-    """
+    """Return the parameters that training cannot change, by all their names. They are the same in every new model."""
     tensors = net.state_dict(keep_vars=True)
     return {n: t.detach() for n, t in tensors.items() if isinstance(t, nn.Parameter) and not t.requires_grad}
 

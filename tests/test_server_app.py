@@ -674,8 +674,9 @@ def test_the_time_left_is_that_of_the_median_round_after_the_first():
     rows = [utils.new_row(KEYS, r) for r in range(4)]
     for row, total in zip(rows[1:], (20.0, 3.5, 6.5), strict=True):  # round 0 has no time
         row["seconds_total"] = total
+        row |= {"megabytes_sent": 12.345, "megabytes_received": 0.0}
     rows[3] |= {"seconds_nodes": 1.0, "seconds_train": 2.0, "seconds_central": 3.0}
-    expected = "Round took 6.5 s (nodes 1.0, train 2.0, central 3.0); about 0:00:50 left"
+    expected = "Round took 6.5 s (nodes 1.0, train 2.0, central 3.0), 12.3 MB sent, 0.0 MB received; about 0:00:50 left"
     assert server_app.time_summary(rows, rounds_left=10) == expected
     assert server_app.time_summary(rows, rounds_left=0).endswith("about 0:00:00 left")
     rows[1] |= {"seconds_nodes": 1.0, "seconds_train": 19.0, "seconds_central": 0.0}
