@@ -22,6 +22,7 @@ from pytorch_example_low_level.messaging import Batch, Mailbox, Node
 from pytorch_example_low_level.task import SCORE, Metrics, StateDict
 from pytorch_example_low_level.utils import Report, Row, open_run
 
+BLOCK = 2**15  # numbers that are added at a time: in double precision, they fit in the cache
 SETTLE = 0.5  # seconds without a new node after which all are assumed to be connected
 
 app = ServerApp()
@@ -193,15 +194,17 @@ def weighted_mean(updates: Iterable[tuple[StateDict, int]], like: StateDict) -> 
     `like`; integers are rounded.
     """
     # NumPy adds in one thread. PyTorch's threads would spin after each sum, on cores that simulated nodes need.
-    sums = {name: np.zeros(t.shape, np.complex128 if t.is_complex() else np.float64) for name, t in like.items()}
+    sums = {name: np.zeros(t.numel(), np.complex128 if t.is_complex() else np.float64) for name, t in like.items()}
     total = 0
     for arrays, num_examples in updates:
         total += num_examples
         for name, tensor in arrays.items():
-            sums[name] += np.multiply(tensor.numpy(), num_examples, dtype=sums[name].dtype)
+            flat, running = tensor.numpy().reshape(-1), sums[name]
+            for i in range(0, len(flat), BLOCK):
+                running[i : i + BLOCK] += np.multiply(flat[i : i + BLOCK], num_examples, dtype=running.dtype)
     if not total:
         return None
-    means = {name: torch.from_numpy(np.divide(value, total, out=value)) for name, value in sums.items()}
+    means = {n: torch.from_numpy(np.divide(s, total, out=s)).view(like[n].shape) for n, s in sums.items()}
     inexact = {name for name, t in like.items() if t.is_floating_point() or t.is_complex()}
     return {n: (mean if n in inexact else mean.round()).to(like[n].dtype) for n, mean in means.items()}
 

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+import tracemalloc
 from collections import Counter
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -235,6 +236,39 @@ def test_bfloat16_is_summed_exactly_and_rounded_once():
     mean = weighted_mean(replies, like=like)
     assert mean["w"].dtype == torch.bfloat16
     assert mean["w"].item() == torch.tensor((256 + 255) / 256).to(torch.bfloat16).item()
+
+
+def test_a_mean_over_several_blocks_has_the_bits_of_the_whole():
+    """Sizes around the block, of dtypes with and without a conversion, and a tensor that is not contiguous."""
+    rng = torch.Generator().manual_seed(0)
+    block = server_app.BLOCK
+    like = {str(n): torch.zeros(n) for n in (1, block - 1, block, block + 1, 2 * block, 3 * block + 5)}
+    like |= {
+        "double": torch.zeros(3, block, dtype=torch.float64),
+        "complex": torch.zeros(block + 9, dtype=torch.cfloat),
+    }
+    like |= {"transposed": torch.zeros(block, 3), "none": torch.zeros(0, 2)}
+    updates = []
+    for weight in (3, 7, 11):
+        model = {n: torch.randn(t.shape, generator=rng, dtype=t.dtype) for n, t in like.items()}
+        updates.append((model | {"transposed": torch.randn(3, block, generator=rng).T}, weight))
+    mean = weighted_mean(updates, like)
+    for name, tensor in like.items():
+        exact = torch.complex128 if tensor.is_complex() else torch.float64
+        total = sum((model[name].to(exact) * weight for model, weight in updates), torch.zeros((), dtype=exact))
+        assert torch.equal(mean[name], (total / 21).to(tensor.dtype)), name
+
+
+def test_a_mean_has_no_temporary_of_the_models_size():
+    model = {"w": torch.ones(4_000_000)}
+    weighted_mean([(model, 1)], model)
+    tracemalloc.start()
+    try:
+        weighted_mean([(model, 1)] * 3, model)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 8 * 4_000_000 + 2_000_000  # the sum itself, in double precision; PyTorch's memory is not counted
 
 
 def test_updates_are_added_one_by_one_and_never_held():
