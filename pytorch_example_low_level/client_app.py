@@ -29,6 +29,7 @@ from pytorch_example_low_level.config import (
     random_stream,
 )
 from pytorch_example_low_level.messaging import metric_key, to_array_record
+from pytorch_example_low_level.utils import frozen
 
 
 def report_errors(msg: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
@@ -54,7 +55,10 @@ app = ClientApp(mods=[report_errors])
 
 @app.train()
 def train(msg: Message, context: Context) -> Message:
-    """Train the received model on this node's training split; return it with "num-examples", its weight in FedAvg."""
+    """Train the received model on this node's training split; return it with "num-examples", its weight in FedAvg.
+
+    The reply has the arrays that the message has, so frozen parameters are not in it unless the server sent them.
+    """
     check_code(msg.content.config_records["config"].get("app", CODE))  # other ServerApps do not say theirs
     config = RunConfig.from_context(context)
     data = local_data("train", msg, config, context)
@@ -68,7 +72,8 @@ def train(msg: Message, context: Context) -> Message:
     train_loss = task.train(net, data, config, lr=number(msg, "lr"), seed=seed, device=device, deadline=deadline(msg))
 
     metrics = MetricRecord({"train_loss": train_loss, "num-examples": len(data)})
-    content = RecordDict({"arrays": to_array_record(net.state_dict()), "metrics": metrics})
+    trained = {n: tensor for n, tensor in net.state_dict().items() if n in msg.content.array_records["arrays"]}
+    content = RecordDict({"arrays": to_array_record(trained), "metrics": metrics})
     return Message(content, reply_to=msg)
 
 
@@ -123,12 +128,12 @@ def deadline(msg: Message) -> float:
 
 
 def received_model(msg: Message, data: task.Data, config: RunConfig) -> nn.Module:
-    """Return the server's model. Raises UserError when it does not fit this node's data."""
+    """Return the server's model; only frozen parameters may be missing in the message. Raises UserError."""
     # Seeded, because a model may have random buffers that are not in its state_dict.
     net = task.initial_model(data.facts, config.seed)
-    state_dict = msg.content.array_records["arrays"].to_torch_state_dict()
+    received = msg.content.array_records["arrays"].to_torch_state_dict()
     with explained(f"the server's model does not fit data of {data.facts}"):
-        net.load_state_dict(state_dict)
+        net.load_state_dict(frozen(net) | received)
     return net
 
 

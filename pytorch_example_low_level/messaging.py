@@ -27,11 +27,7 @@ MAX_EXAMPLES = 10**9  # a larger weight would dominate all other nodes
 MAX_FLOAT = 1e38  # float32 and bfloat16 represent it, and double precision sums its squares without overflow
 MAX_INTEGER = 2**53  # double precision represents every integer up to this one
 MAX_TEXT = 1000  # characters of a node's text that reach the log
-BROKEN = {
-    0,
-    1,
-    2,
-}  # codes of errors of a ClientApp: reported by the app, it could not be loaded, it raised an exception
+BROKEN = {0, 1, 2}  # error codes of a ClientApp: it reported an error, it could not be loaded, it raised an exception
 MAX_REASONS = 5  # warnings per phase; further reasons share one
 MAX_LOOK = 64  # message ids in one look for replies; its cost grows with their number
 MAX_WAITING = 8  # models in memory that wait for their turn to be aggregated
@@ -111,6 +107,7 @@ class Mailbox:
         self.grid = grid
         self.together = 1  # message ids in one request
         self.late: deque[str] = deque(maxlen=10_000)  # ids of messages whose replies are no longer awaited
+        self.bytes_sent = self.bytes_received = 0  # of arrays, since the last call of `traffic`
 
     def send(
         self, nodes: Sequence[Node], message_type: str, content: RecordDict, server_round: int, timeout: float
@@ -131,6 +128,7 @@ class Mailbox:
             else:
                 batch.failed += 1
                 batch.leave_out(node, "the SuperLink did not accept the message")
+        self.bytes_sent += len(batch.pending) * sum(arrays.count_bytes() for arrays in content.array_records.values())
         return batch
 
     def collect(self, batch: Batch, read: Read[T], window: int = MAX_LOOK) -> Iterator[tuple[Node, T]]:
@@ -181,6 +179,7 @@ class Mailbox:
                     batch.broken += reply.error.code in BROKEN
                     batch.leave_out(node, reply.error.reason or f"error {reply.error.code}")
                 else:
+                    self.bytes_received += sum(arrays.count_bytes() for arrays in reply.content.array_records.values())
                     values[message_id] = read(reply.content)
                     batch.received += 1
             except Exception as error:  # any exception here is caused by what the node sent
@@ -191,6 +190,12 @@ class Mailbox:
             batch.miss(batch.pending.pop(message_id))
         self.late.extend([*late, *missing])
         return values
+
+    def traffic(self) -> dict[str, float]:
+        """Return the megabytes of the arrays sent and received since the last call, as results.json has them."""
+        counts = {"megabytes_sent": self.bytes_sent / 1e6, "megabytes_received": self.bytes_received / 1e6}
+        self.bytes_sent = self.bytes_received = 0
+        return counts
 
     def _pull(self, ids: Sequence[str]) -> Iterator[tuple[str, Message | Exception]]:
         """Fetch the replies that have arrived. For a reply that Flower cannot decode, yield the exception."""

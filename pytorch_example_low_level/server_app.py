@@ -22,6 +22,7 @@ from pytorch_example_low_level.messaging import Batch, Mailbox, Node
 from pytorch_example_low_level.task import SCORE, Metrics, StateDict
 from pytorch_example_low_level.utils import Report, Row, open_run
 
+BLOCK = 2**15  # numbers that are added at a time: in double precision, they fit in the cache
 SETTLE = 0.5  # seconds without a new node after which all are assumed to be connected
 
 app = ServerApp()
@@ -37,8 +38,7 @@ def main(grid: Grid, context: Context) -> None:
     task.make_gpu_repeatable()
     test_data = task.load_test_data(config)
     net = task.initial_model(test_data.facts, config.seed)
-    if config.initial_model and not config.resume_from:
-        utils.load_model(config.initial_model, net)
+    frozen = utils.frozen(net).keys()
 
     with open_run(config, context.run_id, net, test_data.facts, test_data.fingerprint(), SCORE) as recorder:
         state, mailbox = recorder.state, Mailbox(grid)
@@ -62,9 +62,11 @@ def main(grid: Grid, context: Context) -> None:
             log.info("Sampled %s out of %s nodes.", len(cohort), len(nodes))
             row |= {"nodes_available": len(nodes), "train_sampled": len(cohort), "seconds_nodes": stopwatch.lap()}
 
-            # --- 1. TRAIN on the cohort, and 2. aggregate the models that come back
+            # --- 1. TRAIN on the cohort, and 2. aggregate the models that come back. What is frozen does not travel
+            model = {name: tensor for name, tensor in state.model.items() if name not in frozen}
             instructions = {"server-round": server_round, "app": CODE, **test_data.facts}
-            batch, state.model, train_loss = train(mailbox, cohort, state.model, instructions | {"lr": lr}, config)
+            batch, model, train_loss = train(mailbox, cohort, model, instructions | {"lr": lr}, config)
+            state.model = state.model | model
             state.last_fault = batch.log_faults()
             if server_round == 1 and batch.broken == len(cohort):
                 raise UserError(f"No node can train: {state.last_fault}")
@@ -87,11 +89,11 @@ def main(grid: Grid, context: Context) -> None:
                 row["seconds_query"] = stopwatch.lap()
 
                 # --- 5. EVALUATE on the nodes that opted in
-                reports, outcome = evaluate(mailbox, opted_in, state.model, instructions, metrics, config)
+                reports, outcome = evaluate(mailbox, opted_in, model, instructions, metrics, config)
                 row |= outcome | {"seconds_evaluate": stopwatch.lap()}
 
             # --- 6. Record: from here on, the round survives a crash
-            recorder.commit(row | {"seconds_total": whole_round.lap()}, reports)
+            recorder.commit(row | {"seconds_total": whole_round.lap()} | mailbox.traffic(), reports)
             log.info("⏱️ %s", time_summary(state.results, rounds_left=config.num_server_rounds - server_round))
 
         recorder.finish()
@@ -105,9 +107,8 @@ def wait_for_nodes(
 ) -> list[Node]:
     """Wait until at least `min-available-nodes` are connected and their number is stable; return all.
 
-    `before` is their number in the last round; `names` are those of the partitions, if they have any. Raises
-    UserError when too few nodes connect within `node-wait-timeout`, and when a simulation has another number of nodes
-    than the data is split for: they would train on what others had for validation.
+    `before` is their number in the last round, `names` are those of the partitions. Raises UserError when too few nodes
+    connect within `node-wait-timeout`, and when a simulation has another number of nodes than the data is split for.
     """
     started, last = time.monotonic(), None if resumed else before
     for look in count():
@@ -186,8 +187,7 @@ def train(
     log.info("📥 Received %s/%s results (TRAIN)", batch.received, len(cohort))
     if mean is None:
         log.warning("Round %s: no usable TRAIN reply; the global model stays as it is.", batch.server_round)
-        return batch, model, None
-    return batch, mean, weighted_mean_std(losses, weights)[0]
+    return batch, model if mean is None else mean, weighted_mean_std(losses, weights)[0]
 
 
 def weighted_mean(updates: Iterable[tuple[StateDict, int]], like: StateDict) -> StateDict | None:
@@ -198,15 +198,17 @@ def weighted_mean(updates: Iterable[tuple[StateDict, int]], like: StateDict) -> 
     `like`; integers are rounded.
     """
     # NumPy adds in one thread. PyTorch's threads would spin after each sum, on cores that simulated nodes need.
-    sums = {name: np.zeros(t.shape, np.complex128 if t.is_complex() else np.float64) for name, t in like.items()}
+    sums = {name: np.zeros(t.numel(), np.complex128 if t.is_complex() else np.float64) for name, t in like.items()}
     total = 0
     for arrays, num_examples in updates:
         total += num_examples
         for name, tensor in arrays.items():
-            sums[name] += np.multiply(tensor.numpy(), num_examples, dtype=sums[name].dtype)
+            flat, running = tensor.numpy().reshape(-1), sums[name]
+            for i in range(0, len(flat), BLOCK):
+                running[i : i + BLOCK] += np.multiply(flat[i : i + BLOCK], num_examples, dtype=running.dtype)
     if not total:
         return None
-    means = {name: torch.from_numpy(np.divide(value, total, out=value)) for name, value in sums.items()}
+    means = {n: torch.from_numpy(np.divide(s, total, out=s)).view(like[n].shape) for n, s in sums.items()}
     inexact = {name for name, t in like.items() if t.is_floating_point() or t.is_complex()}
     return {n: (mean if n in inexact else mean.round()).to(like[n].dtype) for n, mean in means.items()}
 
@@ -263,15 +265,12 @@ def evaluate(
     log.info("📥 Received %s/%s results (EVALUATE)", batch.received, len(nodes))
     batch.log_faults()
     row: Row = {"evaluate_received": batch.received, "evaluate_failed": len(nodes) - batch.received}
-    if not reports:
-        log.info("📊 Federated evaluation -> no node took part")
-        return [], row
     weights, numbers = [report["num_examples"] for report in reports], []
     for name in central:
         mean, std = weighted_mean_std([report[name] for report in reports], weights)
         row |= {f"federated_evaluate_{name}": mean, f"federated_evaluate_{name}_std": std}
         numbers += [f"{name}: {mean:.3f}±{std:.3f}"] if isinstance(mean, float) else []
-    log.info("📊 Federated evaluation -> %s", " / ".join(numbers))
+    log.info("📊 Federated evaluation -> %s", " / ".join(numbers) or "no node took part")
     # A mean hides the nodes for which the model does not work, so the tail is also recorded.
     if scores := [report[SCORE] for report in reports if report[SCORE] is not None]:
         row |= {f"federated_evaluate_{SCORE}_{k}": float(np.percentile(scores, q)) for k, q in utils.TAIL.items()}
@@ -292,9 +291,10 @@ def weighted_mean_std(values: Sequence[Any], weights: Sequence[int]) -> tuple[An
 
 
 def time_summary(results: Sequence[Row], rounds_left: int) -> str:
-    """Return how long the last round took, and how long the rest takes at the median pace after the first round."""
+    """Return the time and traffic of the last round, and the time of the rest at the median pace after round 1."""
     row, names = results[-1], ("nodes", "train", "central", "query", "evaluate")
     phases = [f"{name} {row[f'seconds_{name}']:.1f}" for name in names if row[f"seconds_{name}"] is not None]
     pace = np.median([each["seconds_total"] for each in results[2:] or results[1:]])  # round 0 has no time
     left = timedelta(seconds=round(float(pace) * rounds_left))
-    return f"Round took {row['seconds_total']:.1f} s ({', '.join(phases)}); about {left} left"
+    traffic = f"{row['megabytes_sent']:.1f} MB sent, {row['megabytes_received']:.1f} MB received"
+    return f"Round took {row['seconds_total']:.1f} s ({', '.join(phases)}), {traffic}; about {left} left"

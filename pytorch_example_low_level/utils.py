@@ -5,6 +5,7 @@ Every file is replaced as a whole, so after a crash at any time it is complete, 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -50,6 +51,7 @@ def result_keys(metrics: Iterable[str], score: str) -> list[str]:
         *(f"federated_evaluate_{name}{suffix}" for name in metrics for suffix in ("", "_std")),
         *(f"federated_evaluate_{score}_{tail}" for tail in TAIL),
         "seconds_nodes", "seconds_train", "seconds_central", "seconds_query", "seconds_evaluate", "seconds_total",
+        "megabytes_sent", "megabytes_received",
     ]  # fmt: skip
 
 
@@ -61,6 +63,12 @@ def new_row(keys: Iterable[str], server_round: int, lr: float | None = None) -> 
 def centralized(metrics: Mapping[str, Any]) -> Row:
     """Return what results.json has of a central evaluation."""
     return {f"centralized_{name}": value for name, value in metrics.items()}
+
+
+def frozen(net: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters that training cannot change, by all their names. They are the same in every new model."""
+    tensors = net.state_dict(keep_vars=True)
+    return {n: t.detach() for n, t in tensors.items() if isinstance(t, nn.Parameter) and not t.requires_grad}
 
 
 def without_nan(metrics: Mapping[str, Any]) -> dict[str, Any]:
@@ -169,6 +177,11 @@ def load_model(name: str, net: nn.Module) -> None:
     faulty = [name for name, t in net.state_dict().items() if not (t.isfinite() | (t == fresh[name])).all()]
     if faulty:
         raise UserError(f"initial-model: {path} has numbers that are not finite, in {faulty}")
+    if other := [name for name, tensor in frozen(net).items() if not torch.equal(tensor, fresh[name])]:
+        raise UserError(
+            f"initial-model: {path} has other frozen parameters than a new model: {other}. They are not sent to the "
+            "nodes, so make_model must load them."
+        )
     log.info("Starting from the model %s", path)
 
 
@@ -179,16 +192,21 @@ def load_model(name: str, net: nn.Module) -> None:
 def open_run(
     config: RunConfig, run_id: int, net: nn.Module, facts: Mapping[str, Any], fingerprint: str, score: str
 ) -> Iterator[Recorder]:
-    """Begin a new run in a new directory, or continue the one that `resume-from` names.
+    """Begin a new run in a new directory, from `initial-model` if there is one, or continue that of `resume-from`.
 
     Facts and fingerprint are those of the server's data. Raises UserError when the directory cannot be written,
     is in use by another run, or belongs to a run with other settings.
     """
+    if config.initial_model and not config.resume_from:
+        load_model(config.initial_model, net)
     model = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     # A run is resumed only with the same configuration, model and data.
     identity = config.model_dump(by_alias=True, exclude=OPERATIONAL) | {**facts, "score": score}
     identity |= {f"model: {name}": f"{tensor.dtype} {tuple(tensor.shape)}" for name, tensor in model.items()}
-    identity["data"] = fingerprint
+    fixed = [
+        name.encode() + t.flatten().contiguous().view(torch.uint8).numpy().tobytes() for name, t in frozen(net).items()
+    ]
+    identity |= {"frozen parameters": hashlib.sha256(b"".join(fixed)).hexdigest()[:16], "data": fingerprint}
     directory = Path(config.resume_from).expanduser().absolute() if config.resume_from else make_directory(config)
     if config.resume_from and not (directory / "checkpoints" / "last.pt").is_file():
         raise UserError(f"resume-from: {directory} is not the directory of a run that has committed a round")

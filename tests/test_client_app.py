@@ -13,6 +13,7 @@ from torch import nn
 
 from pytorch_example_low_level import client_app, images, task
 from pytorch_example_low_level.config import CODE, Purpose, RunConfig, random_stream
+from pytorch_example_low_level.messaging import to_array_record
 from tests.conftest import model, results, same_bits
 from tests.grid import FACTS, InProcessGrid, make_context, run_config, typed_config
 
@@ -41,7 +42,7 @@ def ask(config: dict, message_type: str, content: RecordDict, partition: int = 0
 def instructions(net: nn.Module | None = None, **config) -> RecordDict:
     content = RecordDict({"config": ConfigRecord({key.replace("_", "-"): value for key, value in config.items()})})
     if net is not None:
-        content["arrays"] = ArrayRecord(net.state_dict())
+        content["arrays"] = to_array_record(net.state_dict())
     return content
 
 
@@ -420,6 +421,74 @@ def test_an_odd_model_goes_through_a_run_and_a_resumed_one(app, monkeypatch, qui
     half = app.run(opt_in_probability=1.0, momentum=0.9, num_server_rounds=1)
     app.run(opt_in_probability=1.0, momentum=0.9, resume_from=str(half))
     assert same_bits(model(half), after)
+
+
+class PartlyFrozen(Odd):
+    """Odd with a frozen convolution, a frozen layer of two names, and a frozen parameter of a type that NumPy lacks."""
+
+    def __init__(self, channels: int, classes: int) -> None:
+        super().__init__(channels, classes)
+        self.conv.requires_grad_(False)
+        self.table = self.alias = nn.Embedding(3, 2)
+        self.table.requires_grad_(False)
+        self.bf16 = nn.Parameter(torch.rand(3, dtype=torch.bfloat16), requires_grad=False)
+
+
+FROZEN = {"conv.weight", "conv.bias", "table.weight", "alias.weight", "bf16", "scale"}
+
+
+def test_only_what_training_can_change_travels(app, monkeypatch, quick_plot):
+    monkeypatch.setattr(task, "make_model", lambda facts: PartlyFrozen(1, 10))
+    before = task.initial_model(FACTS, 42).state_dict()
+    grid = app.grid()
+    seen = []
+
+    def watch(msg, context):
+        reply = client_app.app(msg, context)
+        seen.extend(record.keys() for record in reply.content.array_records.values())
+        return reply
+
+    grid.handlers = dict.fromkeys(range(5), watch)
+    whole = app.run(grid, opt_in_probability=1.0)
+    sent = [m.content["arrays"].keys() for m in grid.sent if m.metadata.message_type != MessageType.QUERY]
+    assert len(sent) == 2 * (3 + 5)
+    assert len(seen) == 2 * 3
+    assert all(keys == before.keys() - FROZEN for keys in [*sent, *seen])
+    for name in ("final_model.pt", "checkpoints/best.pt"):
+        after = model(whole, name)
+        assert list(after) == list(before)
+        assert all(torch.equal(after[frozen], before[frozen]) for frozen in FROZEN)
+        assert {n: t.dtype for n, t in after.items()} == {n: t.dtype for n, t in before.items()}
+    assert not torch.equal(model(whole)["head.weight"], before["head.weight"])
+    assert torch.equal(model(whole)["head.weight"], model(whole)["same.weight"])
+    assert [row["train_rejected"] + row["train_failed"] for row in results(whole)[1:]] == [0, 0]
+    half = app.run(opt_in_probability=1.0, num_server_rounds=1)
+    app.run(opt_in_probability=1.0, resume_from=str(half))
+    assert same_bits(model(half), model(whole))
+
+
+@pytest.mark.parametrize("message_type", [MessageType.TRAIN, MessageType.EVALUATE])
+def test_only_frozen_parameters_may_be_missing(settings, monkeypatch, message_type):
+    monkeypatch.setattr(task, "make_model", lambda facts: PartlyFrozen(1, 10))
+    content = instructions(task.initial_model(FACTS, 1), server_round=1, lr=0.1)
+    whole = content["arrays"]
+    content["arrays"] = ArrayRecord({name: whole[name] for name in whole if name not in {*FROZEN, "head.bias"}})
+    reason = ask(settings, message_type, content).error.reason
+    assert reason.startswith("the server's model does not fit data of {")
+    assert 'Missing key(s) in state_dict: "head.bias".' in reason
+    content["arrays"]["other"] = whole["head.bias"]
+    assert 'Unexpected key(s) in state_dict: "other".' in ask(settings, message_type, content).error.reason
+
+
+def test_a_server_that_sends_everything_gets_everything(settings, monkeypatch):
+    monkeypatch.setattr(task, "make_model", lambda facts: PartlyFrozen(1, 10))
+    net = task.initial_model(FACTS, 1)
+    for name in FROZEN:
+        net.state_dict()[name].add_(1)  # the server's own, and not those of a new model
+    reply = ask(settings, MessageType.TRAIN, instructions(net, server_round=1, lr=0.1))
+    assert reply.content["arrays"].keys() == net.state_dict().keys()
+    trained = reply.content["arrays"].to_torch_state_dict()
+    assert all(torch.equal(trained[name], net.state_dict()[name]) for name in FROZEN - {"bf16"})
 
 
 def test_a_resnet_of_torchvision_goes_through_a_round(app, monkeypatch, quick_plot):

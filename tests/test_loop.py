@@ -115,6 +115,23 @@ def test_the_seconds_of_a_round_add_up(app, monkeypatch, caplog):
     assert "⏱️ Round took " in caplog.text
 
 
+def test_the_megabytes_of_a_round_by_hand(app, caplog):
+    """Each array is a header of NumPy (128 bytes) and its numbers; Flower also counts its name."""
+    caplog.set_level("INFO", logger="flwr")
+    arrays = [(name, 4 * tensor.numel()) for name, tensor in task.make_model(FACTS).state_dict().items()]
+    one = sum(len(name) + 128 + size for name, size in arrays) / 1e6
+    assert one == pytest.approx(80_298 * 4 / 1e6, rel=0.01)
+    grid = app.grid()
+    grid.handlers = {0: lambda msg, context: None}  # never answers
+    settings = {"fraction_clients_train": 1.0, "opt_in_probability": 1.0, "train_timeout": 3.0, "query_timeout": 2.0}
+    rows = results(app.run(grid, **settings, num_server_rounds=3, evaluate_every=2))
+    assert (rows[0]["megabytes_sent"], rows[0]["megabytes_received"]) == (None, None)
+    # TRAIN goes to all 5 nodes, of which 4 answer and evaluate; round 1 has no evaluation.
+    assert [row["megabytes_sent"] for row in rows[1:]] == [pytest.approx(n * one) for n in (5, 9, 9)]
+    assert [row["megabytes_received"] for row in rows[1:]] == [pytest.approx(4 * one)] * 3
+    assert f"), {9 * one:.1f} MB sent, {4 * one:.1f} MB received; about 0:00:" in caplog.text
+
+
 def test_the_log_reads_like_the_design(app, caplog):
     caplog.set_level("INFO", logger="flwr")
     app.run(num_server_rounds=1, opt_in_probability=1.0)

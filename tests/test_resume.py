@@ -193,6 +193,25 @@ def test_what_only_says_how_a_run_is_carried_out_may_change(app):
     assert json.loads((directory / "run_config.json").read_text())["train-timeout"] == 5.0
 
 
+def test_other_frozen_parameters_are_refused(app, monkeypatch):
+    values = {"conv1": 1.0, "conv2": 1.0}
+
+    def make_model(facts):
+        net = task.Net(1, 10)
+        for name, value in values.items():
+            nn.init.constant_(getattr(net, name).requires_grad_(False).weight, value)
+        return net
+
+    monkeypatch.setattr(task, "make_model", make_model)
+    directory = app.run(num_server_rounds=1)
+    for changed in ({"conv1": 2.0, "conv2": 1.0}, {"conv1": 1.0}):  # another value, and one that is not frozen
+        values = changed
+        with pytest.raises(UserError, match=r"- frozen parameters: '[0-9a-f]{16}' then, '[0-9a-f]{16}' now"):
+            app.run(resume_from=str(directory))
+    values = {"conv1": 1.0, "conv2": 1.0}
+    assert len(results(app.run(resume_from=str(directory)))) == 3
+
+
 @pytest.mark.parametrize(
     ("key", "value"), [("seed", 1), ("learning_rate", 0.1), ("logit_adjustment", 0.0), ("opt_in_probability", 1.0)]
 )

@@ -453,6 +453,17 @@ def test_a_mask_of_minus_infinity_belongs_to_the_model(tmp_path):
         utils.load_model(str(tmp_path / "model.pt"), net)
 
 
+def test_an_initial_model_has_the_frozen_parameters_of_a_new_one(tmp_path):
+    net = nn.Linear(3, 2)
+    net.weight.requires_grad_(False)
+    torch.save(net.state_dict() | {"bias": torch.ones(2)}, tmp_path / "model.pt")
+    utils.load_model(str(tmp_path / "model.pt"), net)
+    assert net.bias.tolist() == [1, 1]
+    torch.save(net.state_dict() | {"weight": torch.ones(2, 3)}, tmp_path / "model.pt")
+    with pytest.raises(UserError, match=r"other frozen parameters than a new model: \['weight'\]\. .*make_model must"):
+        utils.load_model(str(tmp_path / "model.pt"), net)
+
+
 def test_a_wrong_first_model_ends_the_run_before_it_begins(app, tmp_path):
     torch.save(nn.Linear(3, 2).state_dict(), tmp_path / "model.pt")
     grid = app.grid()
