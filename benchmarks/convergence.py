@@ -37,7 +37,7 @@ from typing import Any
 import torch
 
 from benchmarks.simulation import LocalSuperLink
-from deploy.local_federation import interrupted_by_signals
+from deploy.cli import interrupted_by_signals
 from pytorch_example_low_level import client_app, server_app
 from pytorch_example_low_level.utils import replace_json
 from tests.grid import InProcessGrid, make_context, run_config
@@ -86,7 +86,7 @@ def main() -> None:
             def run(name: str, seed: int) -> Rows:
                 if args.in_process:
                     return pool.submit(run_in_process, args.nodes, variants[name] | {"seed": seed}).result()
-                finished = superlink.run(nodes=args.nodes, timeout=7200, **variants[name] | {"seed": seed})
+                finished = superlink.run(nodes=args.nodes, **variants[name] | {"seed": seed})
                 if finished.status != "finished:completed":
                     raise SystemExit(f"{name} seed {seed} ended with {finished.status}:\n{finished.log[-3000:]}")
                 return finished.results

@@ -19,9 +19,9 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.simulation import copy_app, report
-from deploy.cli import family
-from deploy.local_federation import Federation, interrupted_by_signals
+from benchmarks.simulation import AppCli, copy_app, report
+from deploy.cli import command_of, family, interrupted_by_signals
+from deploy.local_federation import Federation
 
 PHASES = ("train", "query", "evaluate")
 TIMED_APP = """
@@ -114,9 +114,9 @@ class Watch(threading.Thread):
             for index, process in self._federation.supernodes.items():
                 count = self._log(index).count("Sent successfully")
                 self._sent[index] += [now] * (count - len(self._sent[index]))
-                for pid, command in family(process.pid).items() if turn % 8 == 0 else ():
-                    if "flwr-clientapp" in command:
-                        self._seen[pid] = (self._seen.get(pid, (now, now))[0], now)
+                for each in family(process.pid) if turn % 8 == 0 else ():
+                    if "flwr-clientapp" in command_of(each):
+                        self._seen[each.pid] = (self._seen.get(each.pid, (now, now))[0], now)
 
     def results(self) -> tuple[list[float], dict[int, list[float]]]:
         """End the watch; return the processes' lives (seconds), and when each node had sent its replies."""
@@ -146,12 +146,13 @@ def main() -> None:
         watch = Watch(federation)
         watch.start()
         lines = []
-        for line in federation.lines(app=timed_app(Path(name) / "app"), **settings):
+        flwr = AppCli(federation.flwr.home)
+        for line in flwr.log_of(app=timed_app(Path(name) / "app"), **settings):
             lines.append(line)
             if "LOOK" not in line and "PICKED" not in line:
                 print(line, end="", flush=True)
         lifetimes, sent = watch.results()
-        run = federation.flwr.finished("".join(lines))
+        run = flwr.finished("".join(lines))
         if run.status != "finished:completed":
             raise SystemExit(f"the run ended with {run.status}")
         rows, looks = run.results[2:], look_figures(run.log, sent)

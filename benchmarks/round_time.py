@@ -52,9 +52,8 @@ import torch.nn.functional as F
 from flwr.app import Context, RecordDict
 from torch import nn
 
-from benchmarks.simulation import LocalSuperLink, copy_app
-from deploy.cli import PROJECT, FinishedRun
-from deploy.local_federation import interrupted_by_signals
+from benchmarks.simulation import FinishedRun, LocalSuperLink, copy_app
+from deploy.cli import PROJECT, interrupted_by_signals
 from pytorch_example_low_level import images, task
 from pytorch_example_low_level.config import Purpose, RunConfig, random_stream
 from pytorch_example_low_level.messaging import Node

@@ -77,20 +77,15 @@ def plot_labels(path: Path, dataset: str, partitioner: str, nodes: int, alpha: f
 
     how = f"Dirichlet, α = {alpha:g}" if partitioner == "dirichlet" else "IID"
     figure, axes, _ = plot_label_distributions(
-        partitioner=partitions(dataset, partitioner, nodes, alpha, seed, decoded=False),
-        label_name="label",
-        size_unit="absolute",
-        partition_id_axis="x",
+        partitions(dataset, partitioner, nodes, alpha, seed, decoded=False),
+        "label",
         legend=True,
         verbose_labels=True,
         cmap="tab10",
         title=f"Images of each class on {nodes} nodes ({how})",
         figsize=(max(7.0, 0.22 * nodes), 4.5),
-        plot_kwargs={"width": 0.8},
-        legend_kwargs={"fontsize": 8},
     )
-    axes.set_xlabel("partition")
-    axes.set_ylabel("images")
+    axes.set(xlabel="partition", ylabel="images")
     axes.tick_params(axis="x", labelsize=7)
     figure.savefig(path, dpi=110, bbox_inches="tight")
 

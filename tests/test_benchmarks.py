@@ -23,8 +23,9 @@ from flwr.app import MessageType
 from benchmarks import convergence, federated_figure, network_round, round_time
 from benchmarks.federated_figure import evaluate_nodes
 from benchmarks.network_round import look_figures
+from benchmarks.simulation import FinishedRun
 from deploy import local_federation
-from deploy.cli import PROJECT, FinishedRun
+from deploy.cli import PROJECT
 from pytorch_example_low_level import client_app
 from tests.conftest import App, load_module, results
 from tests.grid import FACTS, InProcessGrid, TimedGrid, make_context
@@ -35,7 +36,7 @@ NODES = 5
 
 def commands(module: str) -> list[list[str]]:
     """The arguments of each command of the docs that runs a module of ours."""
-    found = re.findall(rf"^python -m {module}((?:.*\\\n)*.*)$", DOCS, re.MULTILINE)
+    found = re.findall(rf"^(?:pip install .* && )?python -m {module}((?:.*\\\n)*.*)$", DOCS, re.MULTILINE)
     return [shlex.split(line.replace("\\\n", " ")) for line in found]
 
 
@@ -258,10 +259,11 @@ def test_a_round_over_the_network_prints_the_documented_figures(superlink, monke
             return super().push_messages(messages)
 
     class Federation:
-        state, flwr = tmp_path, superlink
+        state, finished = tmp_path, superlink.finished
 
         def __init__(self, state: Path, nodes: int) -> None:
             config = superlink.app.config(query_timeout=10.0)
+            self.flwr = types.SimpleNamespace(home=self)
             self.supernodes = {index: types.SimpleNamespace(pid=1000 + index) for index in range(nodes)}
             self.grid = Grid([0.4] * nodes, client_app.app, config)
             for node, context in self.grid.contexts.items():
@@ -272,7 +274,7 @@ def test_a_round_over_the_network_prints_the_documented_figures(superlink, monke
 
         def __exit__(self, *args: object) -> None: ...
 
-        def lines(self, app: Path, **run_config) -> list[str]:
+        def log_of(self, app: Path, **run_config) -> list[str]:
             server = load_module(app / "pytorch_example_low_level" / "timed.py", "timed_server_app", monkeypatch)
             assert "pytorch_example_low_level.timed:app" in (app / "pyproject.toml").read_text()
             config = superlink.app.config(**run_config)
@@ -281,7 +283,9 @@ def test_a_round_over_the_network_prints_the_documented_figures(superlink, monke
             return log
 
     monkeypatch.setattr(network_round, "Federation", Federation)
-    monkeypatch.setattr(network_round, "family", lambda pid: {pid: "flwr-clientapp"})
+    monkeypatch.setattr(network_round, "AppCli", lambda federation: federation)
+    process = types.SimpleNamespace(pid=1000, cmdline=lambda: ["flwr-clientapp"])
+    monkeypatch.setattr(network_round, "family", lambda pid: [process])
     command = commands("benchmarks.network_round")[-1]
     out = tmp_path / "network_round.json"
     run_main(network_round, monkeypatch, *command, "--rounds", "2", "--out", str(out))

@@ -22,12 +22,12 @@ import yaml
 from PIL import Image
 
 from benchmarks.simulation import LocalSuperLink
-from deploy.cli import FlowerCli, free_port, start, stop
-from deploy.local_federation import HOST, make_certificates, make_node_key
+from deploy.cli import FlowerCli, free_port, start, stop, wait_for
+from deploy.keys import HOST, make_certificates, make_node_key
 from deploy.prepare_partitions import write_partitions
 from pytorch_example_low_level import __version__, images, messaging, server_app, utils
 from pytorch_example_low_level.config import OPERATIONAL, RunConfig, UserError
-from tests.conftest import results, wait_for
+from tests.conftest import results
 from tests.grid import PROJECT, make_context
 
 PAGES = {

@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.simulation import LocalSuperLink, copy_app
-from deploy.cli import BIN, PROJECT, FinishedRun, FlowerCli, free_port, running, start, stop
-from tests.conftest import App, model, results, same_bits, wait_for
+from benchmarks.simulation import FinishedRun, LocalSuperLink, copy_app
+from deploy.cli import BIN, PROJECT, FlowerCli, free_port, start, stop, users_of, wait_for
+from tests.conftest import App, alive, model, results, same_bits
 from tests.wandb_files import wandb_rounds
 
 ACTIONS = ["SIGKILL"] * int(os.environ.get("KILLS", "1")) + ["SIGTERM", "flwr stop"]
@@ -92,21 +92,15 @@ def start_run(superlink: LocalSuperLink, **settings) -> tuple[str, Path]:
     raise AssertionError(f"the run ended by itself:\n{log}")
 
 
-def has_open(pid: int, path: Path) -> bool:
-    with contextlib.suppress(OSError):  # the process has ended, or a file was closed
-        return any(fd.readlink() == path for fd in Path(f"/proc/{pid}/fd").iterdir())
-    return False
-
-
 def interrupt(superlink: LocalSuperLink, how: str, run_id: str, directory: Path) -> None:
     """Stop a run, and wait until its process has ended."""
     assert json.loads((directory / "run_config.json").read_text())["run-id"] == run_id
-    (pid,) = [pid for pid in running() if has_open(pid, directory / ".lock")]
+    (process,) = users_of(directory / ".lock")
     if how == "flwr stop":
         superlink.flwr("stop", run_id)
     else:
-        os.kill(pid, signal.Signals[how])
-    wait_for(lambda: pid not in running())
+        process.send_signal(signal.Signals[how])
+    wait_for(lambda: not alive([process.pid]))
 
 
 def check_files(directory: Path) -> None:
