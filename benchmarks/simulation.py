@@ -103,12 +103,3 @@ def copy_app(folder: Path) -> Path:
     )
     shutil.copytree(PROJECT, folder, ignore=left_out)
     return folder
-
-
-def report(figures: Mapping[str, float], out: Path | None) -> None:
-    """Print figures as a Markdown table, and write them to a JSON file if `out` is given."""
-    print("| figure | |\n| --- | --- |")
-    for key, value in figures.items():
-        print(f"| {key} | {value:.2f} |")
-    if out:
-        out.write_text(json.dumps(figures, indent=2))
