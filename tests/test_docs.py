@@ -295,7 +295,9 @@ def test_every_run_config_in_a_command_is_valid(app):
             RunConfig.from_context(make_context(DEFAULTS | parse_config_args([quoted or bare])))
 
 
-@pytest.mark.parametrize("module", sorted(set(re.findall(r"python -m ((?:benchmarks|deploy)\.\w+|recipes)", ALL))))
+@pytest.mark.parametrize(
+    "module", sorted(set(re.findall(r"python -m ((?:benchmarks|deploy)\.\w+|recipes|sweep)", ALL)))
+)
 def test_our_commands_have_these_options(module, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [module, "--help"])
     with pytest.raises(SystemExit):
