@@ -418,18 +418,3 @@ def test_an_odd_model_goes_through_a_run_and_a_resumed_one(app, monkeypatch, qui
     half = app.run(opt_in_probability=1.0, momentum=0.9, num_server_rounds=1)
     app.run(opt_in_probability=1.0, momentum=0.9, resume_from=str(half))
     assert same_bits(model(half), after)
-
-
-def test_a_resnet_of_torchvision_goes_through_a_round(app, monkeypatch, quick_plot):
-    from torchvision.models.resnet import BasicBlock, ResNet
-
-    def make_model(facts: task.Facts) -> nn.Module:
-        net = ResNet(BasicBlock, [1, 1, 1, 1], len(facts["class-names"]))
-        net.conv1 = nn.Conv2d(1, 64, 7, stride=4, padding=3, bias=False)
-        return net
-
-    monkeypatch.setattr(task, "make_model", make_model)
-    settings = {"num_server_rounds": 1, "fraction_clients_train": 0.4, "opt_in_probability": 1.0}
-    (_, row) = results(app.run(**settings))
-    assert (row["train_received"], row["evaluate_received"]) == (2, 5)
-    assert row["train_failed"] == row["train_rejected"] == row["evaluate_failed"] == 0

@@ -36,10 +36,6 @@ SETTINGS = {
 ONE_WORKER = {"cpus": os.cpu_count() or 1}  # all CPUs for one client; starting a worker takes 6 s of CPU time
 LATE = {"nodes": 20, "num_server_rounds": 2, "query_timeout": 2.0, "query_max_delay": 1.0}
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300 + 60 * len(ACTIONS))]
-FILES = {
-    ".lock", "run_config.json", "results.json", "metrics.png", "final_model.pt",
-    "checkpoints/best.pt", "checkpoints/last.pt", "node_results.jsonl",
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -153,11 +149,6 @@ def test_a_killed_and_stopped_run_has_the_bits_of_a_whole_one(resumed, app, sett
     # W&B writes its file every 15 s, so a kill takes some rounds; the resumed run logs all of them again.
     folder = Path(re.search(r"wandb sync (\S+)", resumed.log).group(1))
     assert wandb_rounds(folder) == list(range(ROUNDS + 1))
-
-
-def test_a_run_leaves_these_files(resumed):
-    left = [path.relative_to(resumed.directory) for path in resumed.directory.rglob("*") if path.is_file()]
-    assert {str(path) for path in left if path.parts[0] != "wandb"} == FILES
 
 
 def test_a_run_does_not_join_the_wandb_process_of_the_tests(tmp_path, monkeypatch):
