@@ -39,7 +39,7 @@ from typing import Any
 import torch
 
 from benchmarks.simulation import LocalSuperLink
-from deploy.cli import family, interrupted_by_signals
+from deploy.cli import command_of, family, interrupted_by_signals
 from pytorch_example_low_level import client_app, server_app
 from pytorch_example_low_level.task import SCORE
 from pytorch_example_low_level.utils import replace_json
@@ -91,7 +91,8 @@ def main() -> None:
             except KeyboardInterrupt:
                 interrupted = True
                 for child in family(os.getpid())[1:]:
-                    child.kill()
+                    if "resource_tracker" not in command_of(child):  # Python's own, which ends by itself
+                        child.kill()
     seeds = [str(seed) for seed in range(args.seeds)]
     wanted = {name: [rows[seed] for seed in seeds if seed in rows] for name, rows in runs.items()}
     show({name: results for name, results in wanted.items() if results}, args.out)
@@ -130,7 +131,8 @@ def show(runs: Mapping[str, Sequence[Rows]], out: Path) -> None:
         return
     seeds = max(map(len, runs.values()))
     print(f"\nThe last round, mean ± standard deviation and worst of {seeds} seeds\n\n{final_table(runs)}")
-    print(differences(runs))
+    if len(runs) > 1:
+        print(differences(runs))
     for name, results in runs.items():
         print(f"\n{name or 'All rounds'}\n\n{table(results)}")
     plot(runs, out.with_name(f"{out.name}.png"))
@@ -241,7 +243,7 @@ def differences(runs: Mapping[str, Sequence[Rows]]) -> str:
     scores = {name: of_round(results, -1, COLUMNS["central"]) for name, results in runs.items()}
     mean = {name: statistics.mean(values) for name, values in scores.items()}
     best = max(mean, key=lambda name: mean[name])
-    lines = [f"\nThe best is {best}. The others, in the central {SCORE}:\n"] if len(runs) > 1 else []
+    lines = [f"\nThe best is {best}. The others, in the central {SCORE}:\n"]
     for name, values in scores.items():
         if name != best:
             spread = statistics.pstdev(values) + statistics.pstdev(scores[best])

@@ -14,10 +14,14 @@ import argparse
 import json
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from deploy.cli import PARTITIONS
 from pytorch_example_low_level.config import UserError
 from pytorch_example_low_level.images import BUNDLED, partitions
+
+if TYPE_CHECKING:
+    from flwr_datasets.partitioner import Partitioner
 
 
 def main() -> None:
@@ -54,7 +58,8 @@ def write_partitions(out: Path, nodes: int, dataset: str, partitioner: str, alph
     for index, partition in enumerate(folders):
         partition.with_format(None).save_to_disk(out / f"node-{index}")
         print(f"{index + 1}/{nodes}: {len(partition)} images", flush=True)
-    plot_labels(out / "labels.png", dataset, partitioner, nodes, alpha, seed)
+    how = f"Dirichlet, α = {alpha:g}" if partitioner == "dirichlet" else "IID"
+    plot_labels(out / "labels.png", partitioning, f"Images of each class on {nodes} nodes ({how})")
     # The names are those of the run configuration. A folder is recorded with its absolute path,
     # because the ServerApp runs in another directory.
     folder = Path(dataset).expanduser()
@@ -68,22 +73,23 @@ def write_partitions(out: Path, nodes: int, dataset: str, partitioner: str, alph
     (out / PARTITIONS).write_text(json.dumps(record, indent=2) + "\n")
 
 
-def plot_labels(path: Path, dataset: str, partitioner: str, nodes: int, alpha: float, seed: int) -> None:
+def plot_labels(path: Path, partitioning: Partitioner, title: str) -> None:
     """Plot the number of images of each class on each node, with flwr-datasets' plot function."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from flwr_datasets.visualization import plot_label_distributions
 
-    how = f"Dirichlet, α = {alpha:g}" if partitioner == "dirichlet" else "IID"
     figure, axes, _ = plot_label_distributions(
-        partitions(dataset, partitioner, nodes, alpha, seed, decoded=False),
+        partitioning,
         "label",
         legend=True,
         verbose_labels=True,
         cmap="tab10",
-        title=f"Images of each class on {nodes} nodes ({how})",
-        figsize=(max(7.0, 0.22 * nodes), 4.5),
+        plot_kwargs={"width": 0.8},
+        legend_kwargs={"fontsize": 8},
+        title=title,
+        figsize=(max(7.0, 0.22 * partitioning.num_partitions), 4.5),
     )
     axes.set(xlabel="partition", ylabel="images")
     axes.tick_params(axis="x", labelsize=7)
