@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import re
+import shutil
 import statistics
 import tempfile
 import threading
@@ -19,57 +21,17 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.simulation import copy_app, report
-from deploy.cli import family
-from deploy.local_federation import Federation, interrupted_by_signals
+from benchmarks.simulation import AppCli, copy_app
+from deploy.cli import PROJECT, command_of, family, interrupted_by_signals
+from deploy.local_federation import Federation
 
 PHASES = ("train", "query", "evaluate")
-TIMED_APP = """
-import time
-from logging import getLogger
-
-from flwr.serverapp import ServerApp
-
-from pytorch_example_low_level import server_app
-
-app = ServerApp()
-log = getLogger("flwr")
-
-
-class TimedGrid:
-    def __init__(self, grid):
-        self.grid = grid
-        self.types = {}  # message id -> type
-
-    def __getattr__(self, name):
-        return getattr(self.grid, name)
-
-    def push_messages(self, messages):
-        ids = list(self.grid.push_messages(messages))
-        self.types |= {message.metadata.message_id: message.metadata.message_type for message in messages}
-        return ids
-
-    def pull_messages(self, message_ids):
-        message_ids = list(message_ids)
-        if message_ids:
-            log.info("LOOK %s %.4f", self.types[message_ids[0]], time.monotonic())
-        replies = list(self.grid.pull_messages(message_ids))
-        for reply in replies:
-            kind = self.types[reply.metadata.reply_to_message_id]
-            log.info("PICKED %s %d %.4f", kind, reply.metadata.src_node_id, time.monotonic())
-        return replies
-
-
-@app.main()
-def main(grid, context):
-    server_app.main(TimedGrid(grid), context)
-"""
 
 
 def timed_app(folder: Path) -> Path:
     """Copy the app, with a ServerApp that logs when it looks for replies."""
     copy_app(folder)
-    (folder / "pytorch_example_low_level" / "timed.py").write_text(TIMED_APP)
+    shutil.copy(PROJECT / "benchmarks" / "timed_app.py", folder / "pytorch_example_low_level" / "timed.py")
     project = folder / "pyproject.toml"
     project.write_text(project.read_text().replace("low_level.server_app:app", "low_level.timed:app"))
     return folder
@@ -114,9 +76,9 @@ class Watch(threading.Thread):
             for index, process in self._federation.supernodes.items():
                 count = self._log(index).count("Sent successfully")
                 self._sent[index] += [now] * (count - len(self._sent[index]))
-                for pid, command in family(process.pid).items() if turn % 8 == 0 else ():
-                    if "flwr-clientapp" in command:
-                        self._seen[pid] = (self._seen.get(pid, (now, now))[0], now)
+                for each in family(process.pid) if turn % 8 == 0 else ():
+                    if "flwr-clientapp" in command_of(each):
+                        self._seen[each.pid] = (self._seen.get(each.pid, (now, now))[0], now)
 
     def results(self) -> tuple[list[float], dict[int, list[float]]]:
         """End the watch; return the processes' lives (seconds), and when each node had sent its replies."""
@@ -146,12 +108,13 @@ def main() -> None:
         watch = Watch(federation)
         watch.start()
         lines = []
-        for line in federation.lines(app=timed_app(Path(name) / "app"), **settings):
+        flwr = AppCli(federation.flwr.home)
+        for line in flwr.log_of(app=timed_app(Path(name) / "app"), **settings):
             lines.append(line)
             if "LOOK" not in line and "PICKED" not in line:
                 print(line, end="", flush=True)
         lifetimes, sent = watch.results()
-        run = federation.flwr.finished("".join(lines))
+        run = flwr.finished("".join(lines))
         if run.status != "finished:completed":
             raise SystemExit(f"the run ended with {run.status}")
         rows, looks = run.results[2:], look_figures(run.log, sent)
@@ -160,8 +123,11 @@ def main() -> None:
     figures = {"s per round": statistics.median(row["seconds_total"] for row in rows)} | figures
     figures["life of the process that answers a message, s"] = statistics.median(lifetimes)
     figures |= looks
-    print()
-    report(figures, args.out)
+    print("\n| figure | |\n| --- | --- |")
+    for key, value in figures.items():
+        print(f"| {key} | {value:.2f} |")
+    if args.out:
+        args.out.write_text(json.dumps(figures, indent=2))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A private local SuperLink: real simulations that do not touch the user's Flower configuration.
+"""Real runs of the app that do not touch the user's Flower configuration, and a private local SuperLink.
 
 `flwr run` starts a SuperLink on fixed ports, with the user's Flower home, and leaves it running.
 Benchmarks and tests need a SuperLink of their own that stops when they end.
@@ -8,14 +8,63 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shutil
 import subprocess
-import time
-import urllib.request
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from deploy.cli import PROJECT, FlowerCli, free_port, signals_held, start, stop
+from deploy.cli import PROJECT, FlowerCli, free_port, signals_held, start, stop, toml, wait_for_superlink
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A finished run: its log, its final status according to Flower, and its run directory."""
+
+    run_id: str
+    log: str
+    status: str  # such as "finished:completed"
+    directory: Path | None
+
+    @property
+    def results(self) -> list[dict[str, Any]]:
+        """The rows of results.json."""
+        if self.directory is None:
+            raise RuntimeError(f"the run has no directory:\n{self.log}")
+        rows: list[dict[str, Any]] = json.loads((self.directory / "results.json").read_text())
+        return rows
+
+
+class AppCli(FlowerCli):
+    """The `flwr` command, and what becomes of a run of the app."""
+
+    def run(self, **arguments: Any) -> FinishedRun:
+        """Run the app to its end, with the arguments of `log_of`."""
+        return self.finished("".join(self.log_of(**arguments)))
+
+    def log_of(
+        self, nodes: int | None = None, cpus: float = 1, app: Path = PROJECT, **run_config: object
+    ) -> Iterator[str]:
+        """Run the app and yield the lines of its log. The argument `some_key` sets `some-key` of the configuration."""
+        arguments = ["run", str(app), "--stream"]
+        if run_config:
+            arguments += ["--run-config", toml({key.replace("_", "-"): v for key, v in run_config.items()})]
+        if nodes is not None:
+            arguments += ["--federation-config", f"num-supernodes={nodes} client-resources-num-cpus={cpus}"]
+        return self.lines(*arguments)
+
+    def finished(self, log: str) -> FinishedRun:
+        """Find the run id and the run directory in the log of a finished run, and ask Flower for its status."""
+        log = re.sub(r"\x1b\[\d+m", "", log)
+        started = re.search(r"Successfully started run (\d+)", log)
+        run_id = started.group(1) if started else ""
+        directory = re.search(r"📂 Run directory: (.+)", log)
+        answer = status = self("ls", "--run-id", run_id, "--format", "json")
+        with contextlib.suppress(ValueError, KeyError, IndexError):  # if Flower does not know it, its answer
+            status = str(json.loads(answer[answer.index("{") :])["runs"][0]["status"])
+        return FinishedRun(run_id, log, status, Path(directory.group(1)) if directory else None)
 
 
 class LocalSuperLink:
@@ -24,8 +73,8 @@ class LocalSuperLink:
     def __init__(self, home: Path, env: Mapping[str, str] | None = None) -> None:
         self.port = str(free_port())
         ports = {"FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": self.port, "FLWR_LOCAL_CONTROL_API_PORT": str(free_port())}
-        self.flwr = FlowerCli(home, ports | dict(env or {}))
-        self.run, self.lines = self.flwr.run, self.flwr.lines
+        self.flwr = AppCli(home, ports | dict(env or {}))
+        self.run, self.lines = self.flwr.run, self.flwr.log_of
         self.process: subprocess.Popen[bytes]
 
     def __enter__(self) -> LocalSuperLink:
@@ -34,18 +83,12 @@ class LocalSuperLink:
         command = ["flower-superlink", "--insecure", "--simulation", "--host", "127.0.0.1", "--port", self.port]
         with signals_held():
             self.process = start(command, home, self.flwr.env, log)
-        deadline = time.monotonic() + 60
         try:
-            while True:
-                url = f"http://127.0.0.1:{self.port}/health"
-                with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=1):
-                    return self
-                if self.process.poll() is not None or time.monotonic() > deadline:
-                    raise RuntimeError(f"the SuperLink did not start:\n{log.read_text()}")
-                time.sleep(0.1)
+            wait_for_superlink(self.process, int(self.port), log)
         except BaseException:
             self.__exit__()
             raise
+        return self
 
     def __exit__(self, *args: object) -> None:
         """Stop the SuperLink and everything it started."""
@@ -60,12 +103,3 @@ def copy_app(folder: Path) -> Path:
     )
     shutil.copytree(PROJECT, folder, ignore=left_out)
     return folder
-
-
-def report(figures: Mapping[str, float], out: Path | None) -> None:
-    """Print figures as a Markdown table, and write them to a JSON file if `out` is given."""
-    print("| figure | |\n| --- | --- |")
-    for key, value in figures.items():
-        print(f"| {key} | {value:.2f} |")
-    if out:
-        out.write_text(json.dumps(figures, indent=2))

@@ -1,21 +1,20 @@
-"""Flower's command line and its processes, for the tests, the benchmarks and the local federation."""
+"""Flower's command line, and processes that are stopped with everything they started."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import FrameType
+
+import psutil
 
 PROJECT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent  # where this environment's `flwr` is
@@ -27,125 +26,8 @@ PATIENCE = 10.0  # seconds between SIGTERM and SIGKILL
 _ports: set[int] = set()
 
 
-@dataclass(frozen=True)
-class FinishedRun:
-    """A finished run: its log, its final status according to Flower, and its run directory."""
-
-    run_id: str
-    log: str
-    status: str  # such as "finished:completed"
-    directory: Path | None
-
-    @property
-    def results(self) -> list[dict[str, Any]]:
-        """The rows of results.json."""
-        if self.directory is None:
-            raise RuntimeError(f"the run has no directory:\n{self.log}")
-        rows: list[dict[str, Any]] = json.loads((self.directory / "results.json").read_text())
-        return rows
-
-
-def free_port() -> int:
-    """Return a TCP port that is not in use and that no earlier call has returned."""
-    while True:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port: int = probe.getsockname()[1]
-        if port not in _ports:
-            _ports.add(port)
-            return port
-
-
-def toml(values: Mapping[str, object]) -> str:
-    """Write key-value pairs in the form that `--run-config` and `--node-config` take."""
-
-    def literal(value: object) -> str:
-        if isinstance(value, bool):
-            return str(value).lower()
-        if not isinstance(value, str):
-            return str(value)
-        if "'" not in value:
-            return f"'{value}'"
-        if '"' in value:  # Flower's parser does not know escaped quotation marks
-            raise ValueError(f"a value with both kinds of quotation marks cannot be passed to Flower: {value}")
-        return '"' + value.replace("\\", "\\\\") + '"'
-
-    return " ".join(f"{key}={literal(value)}" for key, value in values.items())
-
-
-@contextlib.contextmanager
-def signals_held() -> Iterator[None]:
-    """Hold back stop signals until the block has ended.
-
-    A signal that raises an exception between the start of a process and the assignment of its
-    handle would leave that process running.
-    """
-    if threading.current_thread() is not threading.main_thread():  # no other thread receives signals
-        yield
-        return
-    held: list[int] = []
-    handled = [each for each in STOP_SIGNALS if signal.getsignal(each) is not signal.SIG_IGN]
-    previous = {each: signal.signal(each, lambda number, _: held.append(number)) for each in handled}
-    try:
-        yield
-    finally:
-        for each, handler in previous.items():
-            signal.signal(each, handler)
-    for number in held:
-        signal.raise_signal(number)
-
-
-def start(
-    command: Sequence[str], cwd: Path, env: Mapping[str, str], log: Path, keep_open: Collection[int] = ()
-) -> subprocess.Popen[bytes]:
-    """Start a process in a session of its own, so that `stop` can signal its whole process group.
-
-    The process inherits the file descriptors in `keep_open`.
-    """
-    with log.open("ab") as file:
-        return subprocess.Popen(
-            command,
-            cwd=cwd,
-            env=env,
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=file,
-            start_new_session=True,
-            pass_fds=keep_open,
-        )
-
-
-def running() -> dict[int, tuple[int, str]]:
-    """Return all running processes: process id -> (parent's process id, command line)."""
-    # -ww: without a terminal, ps may cut lines at 80 columns.
-    listing = subprocess.run(["ps", "-ww", "-eo", "pid,ppid,stat,args"], capture_output=True, text=True, check=True)
-    rows = [line.split(None, 3) for line in listing.stdout.splitlines()[1:]]
-    return {int(pid): (int(parent), args) for pid, parent, state, args in rows if state[0] != "Z"}  # Z: has ended
-
-
-def family(pid: int) -> dict[int, str]:
-    """Return the running descendants of a process: process id -> command line."""
-    processes = running()
-    found = {pid}
-    while more := {child for child, (parent, _) in processes.items() if parent in found} - found:
-        found |= more
-    return {child: args for child, (_, args) in processes.items() if child in found - {pid}}
-
-
-def stop(*processes: subprocess.Popen[bytes]) -> None:
-    """Stop processes and everything they started: SIGTERM to all, then SIGKILL to those still running."""
-    started = [pid for process in processes for pid in family(process.pid)]
-    for sig in (signal.SIGTERM, signal.SIGKILL):
-        for process in processes:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, sig)
-        deadline = time.monotonic() + PATIENCE
-        for process in processes:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(max(0.0, deadline - time.monotonic()))
-    for pid in started:  # a descendant that has left the process group survives its parent
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+class FederationError(RuntimeError):
+    """An error the user can fix; the message says how."""
 
 
 class FlowerCli:
@@ -167,62 +49,184 @@ class FlowerCli:
         self.env.pop("WANDB_SERVICE", None)
         self.env |= env or {}
 
-    def __call__(self, *args: str, timeout: float = 600) -> str:
+    def __call__(self, *args: str) -> str:
         """Run `flwr` with these arguments and return its output."""
-        done = subprocess.run(
-            ["flwr", *args],
-            cwd=self.home,
-            env=self.env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
-        return done.stdout
+        return "".join(self.lines(*args))
 
-    def run(
-        self, nodes: int | None = None, cpus: float = 1, app: Path = PROJECT, timeout: float = 600, **run_config: object
-    ) -> FinishedRun:
-        """Run the app to its end. The argument `some_key` sets `some-key` of the run configuration."""
-        return self.finished(self(*self._arguments(nodes, cpus, app, run_config), timeout=timeout))
-
-    def lines(
-        self, nodes: int | None = None, cpus: float = 1, app: Path = PROJECT, **run_config: object
-    ) -> Iterator[str]:
-        """Run the app and yield the lines of its log as they are printed."""
+    def lines(self, *args: str) -> Iterator[str]:
+        """Run `flwr` with these arguments and yield the lines of its output as they are printed."""
+        out, err = subprocess.PIPE, subprocess.STDOUT
         with subprocess.Popen(
-            ["flwr", *self._arguments(nodes, cpus, app, run_config)],
-            cwd=self.home,
-            env=self.env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+            ["flwr", *args], cwd=self.home, env=self.env, stdout=out, stderr=err, text=True
         ) as process:
             try:
                 yield from process.stdout or ()
             finally:
                 process.terminate()
 
-    def finished(self, log: str) -> FinishedRun:
-        """Find the run id and the run directory in the log of a finished run, and ask Flower for its status."""
-        log = re.sub(r"\x1b\[\d+m", "", log)
-        started = re.search(r"Successfully started run (\d+)", log)
-        run_id = started.group(1) if started else ""
-        directory = re.search(r"📂 Run directory: (.+)", log)
-        return FinishedRun(run_id, log, self.status(run_id), Path(directory.group(1)) if directory else None)
 
-    def status(self, run_id: str) -> str:
-        """Return the status of a run, such as "finished:completed"; if Flower does not know it, Flower's answer."""
-        answer = self("ls", "--run-id", run_id, "--format", "json")
-        with contextlib.suppress(ValueError, KeyError, IndexError):
-            return str(json.loads(answer[answer.index("{") :])["runs"][0]["status"])
-        return answer
+def toml(values: Mapping[str, object]) -> str:
+    """Write key-value pairs in the form that `--run-config` and `--node-config` take."""
 
-    def _arguments(self, nodes: int | None, cpus: float, app: Path, run_config: Mapping[str, object]) -> list[str]:
-        arguments = ["run", str(app), "--stream"]
-        if run_config:
-            arguments += ["--run-config", toml({key.replace("_", "-"): v for key, v in run_config.items()})]
-        if nodes is not None:
-            arguments += ["--federation-config", f"num-supernodes={nodes} client-resources-num-cpus={cpus}"]
-        return arguments
+    def literal(value: object) -> str:
+        if isinstance(value, bool):
+            return str(value).lower()
+        if not isinstance(value, str):
+            return str(value)
+        if "'" not in value:
+            return f"'{value}'"
+        if '"' in value:  # Flower's parser does not know escaped quotation marks
+            raise ValueError(f"a value with both kinds of quotation marks cannot be passed to Flower: {value}")
+        return '"' + value.replace("\\", "\\\\") + '"'
+
+    return " ".join(f"{key}={literal(value)}" for key, value in values.items())
+
+
+# ----------------------------------------------------------------------------------- Signals
+
+
+@contextlib.contextmanager
+def handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Handle stop signals, except those that are ignored, such as SIGHUP under `nohup`."""
+    handled = [each for each in STOP_SIGNALS if signal.getsignal(each) is not signal.SIG_IGN]
+    previous = {each: signal.signal(each, handler) for each in handled}
+    try:
+        yield
+    finally:
+        for each, before in previous.items():
+            if signal.getsignal(each) is handler:
+                signal.signal(each, before)
+
+
+@contextlib.contextmanager
+def interrupted_by_signals() -> Iterator[None]:
+    """Raise KeyboardInterrupt at the first stop signal; ignore those that follow until the program has ended.
+
+    A second Ctrl-C does not interrupt the cleanup.
+    """
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        for each in STOP_SIGNALS:
+            signal.signal(each, signal.SIG_IGN)
+        with contextlib.suppress(OSError):  # the terminal may be closed
+            os.write(2, b"\nStopping ...\n")
+        raise KeyboardInterrupt
+
+    with handled_by(interrupt):
+        yield
+
+
+@contextlib.contextmanager
+def signals_held() -> Iterator[None]:
+    """Hold back stop signals until the block has ended.
+
+    A signal that raises an exception between the start of a process and the assignment of its
+    handle would leave that process running.
+    """
+    if threading.current_thread() is not threading.main_thread():  # no other thread receives signals
+        yield
+        return
+    held: list[int] = []
+    with handled_by(lambda number, _: held.append(number)):
+        yield
+    for number in held:
+        signal.raise_signal(number)
+
+
+# --------------------------------------------------------------------------------- Processes
+
+
+def start(
+    command: Sequence[str], cwd: Path, env: Mapping[str, str], log: Path, keep_open: Collection[int] = ()
+) -> subprocess.Popen[bytes]:
+    """Start a process in a session of its own, which inherits the file descriptors in `keep_open`."""
+    none = subprocess.DEVNULL
+    with log.open("ab") as file:
+        return subprocess.Popen(
+            command, cwd=cwd, env=env, stdin=none, stdout=file, stderr=file, start_new_session=True, pass_fds=keep_open
+        )
+
+
+def stop(*processes: subprocess.Popen[bytes]) -> None:
+    """Stop processes and everything they started: SIGTERM to all, then SIGKILL to those still running."""
+    everything = [each for process in processes for each in family(process.pid)]
+    for each in everything:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.terminate()
+    deadline = time.monotonic() + PATIENCE
+    for process in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(max(0.0, deadline - time.monotonic()))
+    for each in everything:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.kill()
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):  # those whose parent had ended, or that began meanwhile
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def family(pid: int) -> list[psutil.Process]:
+    """Return a process and its descendants; nothing if it has ended."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        return [process, *process.children(recursive=True)]
+    return []
+
+
+def command_of(process: psutil.Process) -> str:
+    """Return the command line of a process; "" if it has ended."""
+    with contextlib.suppress(psutil.Error):
+        return " ".join(process.cmdline())
+    return ""
+
+
+def users_of(file: Path) -> list[psutil.Process]:
+    """Return the other processes that have a file open."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):  # it has ended, or belongs to someone else
+            if any(each.path == str(file.resolve()) for each in process.open_files()):
+                found.append(process)
+    return [process for process in found if process.pid != os.getpid()]
+
+
+# ----------------------------------------------------------------------------------- Waiting
+
+
+def free_port() -> int:
+    """Return a TCP port that is not in use and that no earlier call has returned."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port: int = probe.getsockname()[1]
+        if port not in _ports:
+            _ports.add(port)
+            return port
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 90, pause: float = 0.2, late: str = "too late") -> None:
+    """Wait until a condition holds. Raises FederationError, with the message in `late`."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise FederationError(late)
+        time.sleep(pause)
+
+
+def wait_for_superlink(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
+    """Wait until a SuperLink accepts connections. Raises FederationError."""
+
+    def accepts() -> bool:
+        if process.poll() is not None:
+            raise FederationError(f"the SuperLink did not start; {last_lines(log)}")
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+            return True
+        return False
+
+    wait_for(accepts, 60, 0.1, f"the SuperLink does not listen; see {log}")
+
+
+def last_lines(log: Path, count: int = 5) -> str:
+    """Return the last lines of a log, for an error."""
+    return f"the last lines of {log}:\n" + "\n".join(log.read_text(errors="replace").splitlines()[-count:])

@@ -15,10 +15,14 @@ import json
 import shutil
 import tomllib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from deploy.cli import PARTITIONS, PROJECT
 from pytorch_example_low_level.config import RunConfig, UserError
 from pytorch_example_low_level.images import BUNDLED, opened, partitions, rows_of_partition
+
+if TYPE_CHECKING:
+    from flwr_datasets.partitioner import Partitioner
 
 
 def main() -> None:
@@ -62,7 +66,8 @@ def write_partitions(out: Path, nodes: int, dataset: str, partitioner: str, alph
     for index, chosen_rows in enumerate(rows):
         images.select(chosen_rows).save_to_disk(out / f"node-{index}")
         print(f"{index + 1}/{nodes}: {len(chosen_rows)} images", flush=True)
-    plot_labels(out / "labels.png", config, nodes)
+    how = f"Dirichlet, α = {alpha:g}" if partitioner == "dirichlet" else "IID"
+    plot_labels(out / "labels.png", partitions(config, nodes), f"Images of each class on {nodes} nodes ({how})")
     # The names are those of the run configuration. A folder is recorded with its absolute path,
     # because the ServerApp runs in another directory.
     folder = Path(dataset).expanduser()
@@ -76,29 +81,25 @@ def write_partitions(out: Path, nodes: int, dataset: str, partitioner: str, alph
     (out / PARTITIONS).write_text(json.dumps(record, indent=2) + "\n")
 
 
-def plot_labels(path: Path, config: RunConfig, nodes: int) -> None:
+def plot_labels(path: Path, partitioning: Partitioner, title: str) -> None:
     """Plot the number of images of each class on each node, with flwr-datasets' plot function."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from flwr_datasets.visualization import plot_label_distributions
 
-    how = f"Dirichlet, α = {config.dirichlet_alpha:g}" if config.partitioner == "dirichlet" else "IID"
     figure, axes, _ = plot_label_distributions(
-        partitioner=partitions(config, nodes),
-        label_name="label",
-        size_unit="absolute",
-        partition_id_axis="x",
+        partitioning,
+        "label",
         legend=True,
         verbose_labels=True,
         cmap="tab10",
-        title=f"Images of each class on {nodes} nodes ({how})",
-        figsize=(max(7.0, 0.22 * nodes), 4.5),
         plot_kwargs={"width": 0.8},
         legend_kwargs={"fontsize": 8},
+        title=title,
+        figsize=(max(7.0, 0.22 * partitioning.num_partitions), 4.5),
     )
-    axes.set_xlabel("partition")
-    axes.set_ylabel("images")
+    axes.set(xlabel="partition", ylabel="images")
     axes.tick_params(axis="x", labelsize=7)
     figure.savefig(path, dpi=110, bbox_inches="tight")
 

@@ -7,7 +7,6 @@ import os
 import shutil
 import sys
 import tempfile
-import time
 import types
 from pathlib import Path
 
@@ -17,6 +16,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 os.environ["WANDB_MODE"] = "offline"
 
+import psutil
 import pytest
 import torch
 
@@ -120,12 +120,10 @@ def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
 
 
-def wait_for(condition, seconds: float = 90, pause: float = 0.2) -> None:
-    """Wait until something real is so; processes take their time on a busy machine."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(pause)
+def alive(pids) -> set[int]:
+    """Those of the processes that have not ended; a zombie has."""
+    running = {each.pid for each in psutil.process_iter(["status"]) if each.info["status"] != psutil.STATUS_ZOMBIE}
+    return running & set(pids)
 
 
 def load_module(path: Path, name: str, monkeypatch) -> types.ModuleType:

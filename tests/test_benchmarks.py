@@ -20,11 +20,12 @@ import numpy as np
 import pytest
 from flwr.app import MessageType
 
-from benchmarks import convergence, federated_figure, network_round, round_time
+from benchmarks import federated_figure, floor, network_round, report, round_time, watched
 from benchmarks.federated_figure import evaluate_nodes
 from benchmarks.network_round import look_figures
+from benchmarks.simulation import FinishedRun
 from deploy import local_federation
-from deploy.cli import PROJECT, FinishedRun
+from deploy.cli import PROJECT
 from pytorch_example_low_level import client_app
 from tests.conftest import App, load_module, results
 from tests.grid import FACTS, InProcessGrid, TimedGrid, make_context
@@ -35,7 +36,7 @@ NODES = 5
 
 def commands(module: str) -> list[list[str]]:
     """The arguments of each command of the docs that runs a module of ours."""
-    found = re.findall(rf"^python -m {module}((?:.*\\\n)*.*)$", DOCS, re.MULTILINE)
+    found = re.findall(rf"^(?:pip install .* && )?python -m {module}((?:.*\\\n)*.*)$", DOCS, re.MULTILINE)
     return [shlex.split(line.replace("\\\n", " ")) for line in found]
 
 
@@ -53,7 +54,7 @@ class InProcessSuperLink:
 
     def __init__(self, app: App) -> None:
         self.app = app
-        self.flwr = self
+        self.flwr, self.lines = self, self.log_of
         self.asked: list[dict] = []
 
     def __call__(self, home: Path) -> "InProcessSuperLink":
@@ -67,14 +68,22 @@ class InProcessSuperLink:
     def run(self, nodes: int, timeout: float = 0, **run_config) -> FinishedRun:
         self.asked.append({key.replace("_", "-"): value for key, value in run_config.items()} | {"nodes": nodes})
         small = {"dataset": self.app.defaults["dataset"], "num-server-rounds": 2, "query-timeout": 2.0}
+        small["output-dir"] = self.app.defaults["output_dir"]
         directory = self.app.run(self.app.grid(num_nodes=NODES), **run_config | small)
         return FinishedRun("1", "", "finished:completed", directory)
 
-    def lines(self, nodes: int, app: Path = PROJECT, **run_config) -> list[str]:
-        if app.name in ("noop-app", "importing-app"):
-            few = {"rounds": 2, "parameters": 80, "trained": 2, "asked": NODES, "evaluated": 3}
+    def log_of(self, nodes: int, app: Path = PROJECT, **run_config) -> list[str]:
+        if app.name == "engine_app":
+            few = {
+                "imports": "imports" in run_config and run_config["imports"],
+                "rounds": 2,
+                "parameters": 80,
+                "trained": 2,
+                "asked": NODES,
+                "evaluated": 3,
+            }
             few |= {f"{part}-images": 8 * (f"{part}_images" in run_config) for part in ("train", "validation", "test")}
-            return run_noop(app, few | {"send-and-receive": "send_and_receive" in run_config})
+            return run_engine(few | {"send-and-receive": "send_and_receive" in run_config})
         return logged(lambda: self.run(nodes, **run_config))
 
     def finished(self, log: str) -> FinishedRun:
@@ -92,8 +101,8 @@ def logged(function: Callable[[], object]) -> list[str]:
     return log.getvalue().splitlines(keepends=True)
 
 
-def run_noop(folder: Path, config: dict) -> list[str]:
-    module = runpy.run_path(str(folder / "noop" / "app.py"))
+def run_engine(config: dict) -> list[str]:
+    module = runpy.run_path(str(watched.ENGINE_APP / "engine_app" / "app.py"))
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         module["server"](InProcessGrid(module["client"], config, NODES), make_context(config))
@@ -101,7 +110,8 @@ def run_noop(folder: Path, config: dict) -> list[str]:
 
 
 @pytest.fixture
-def superlink(app, quick_plot) -> InProcessSuperLink:
+def superlink(app, quick_plot, monkeypatch) -> InProcessSuperLink:
+    monkeypatch.setenv("WANDB_RUN_GROUP", "to be restored")
     return InProcessSuperLink(app)
 
 
@@ -117,78 +127,6 @@ def run_main(module, monkeypatch, *arguments: str) -> None:
     module.main()
 
 
-@pytest.mark.parametrize("command", commands("benchmarks.convergence"), ids=" ".join)
-def test_convergence_writes_tables_plot_and_json(command, superlink, short_sleeps, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(convergence, "LocalSuperLink", superlink)
-    command = [argument for argument in command if argument != "--in-process"]
-    out = tmp_path / "made" / "run"
-    run_main(convergence, monkeypatch, *command, "--seeds", "2", "--jobs", "1", "--out", str(out))
-    variants = max(1, command.count("--vary"))
-    written = json.loads(out.with_name("run.json").read_text())
-    assert len(written["settings"]) == variants
-    assert [list(runs) for runs in written["runs"].values()] == [["0", "1"]] * variants
-    assert sorted(asked["seed"] for asked in superlink.asked) == sorted([0, 1] * variants)
-    shown = capsys.readouterr().out
-    assert f"{2 * variants}/{2 * variants} " in shown
-    assert all(convergence.table(list(runs.values())) in shown for runs in written["runs"].values())
-    assert out.with_name("run.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_run_in_process_is_the_run_of_the_app(app):
-    settings = {key: value for key, value in app.config(seed=3).items() if key != "output-dir"}
-    ours = convergence.run_in_process(NODES, settings)
-    theirs = results(app.run(seed=3))
-    assert [{key: row[key] for key in theirs[0]} for row in ours] == theirs
-
-
-def test_convergence_goes_on_where_it_was_interrupted(superlink, short_sleeps, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(convergence, "LocalSuperLink", superlink)
-    arguments = ["--out", str(tmp_path / "run"), "--nodes", "5", "--vary", "momentum=0.5", "--vary", "momentum=0.0"]
-    run_main(convergence, monkeypatch, *arguments, "--seeds", "1")
-    assert len(superlink.asked) == 2
-    run_main(convergence, monkeypatch, *arguments, "--seeds", "2")
-    assert [asked["seed"] for asked in superlink.asked] == [0, 0, 1, 1]
-    capsys.readouterr()
-    run_main(convergence, monkeypatch, *arguments, "--seeds", "1")
-    assert len(superlink.asked) == 4
-    assert "worst of 1 seeds" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="other settings"):
-        run_main(convergence, monkeypatch, *arguments, "--run-config", "batch-size=16")
-
-
-def test_a_failed_run_keeps_those_that_went_well(superlink, short_sleeps, monkeypatch, tmp_path):
-    class Failing(InProcessSuperLink):
-        def run(self, nodes, **run_config):
-            if run_config["seed"] == 1:
-                return FinishedRun("1", "what went wrong", "finished:failed", None)
-            return super().run(nodes, **run_config)
-
-    monkeypatch.setattr(convergence, "LocalSuperLink", Failing(superlink.app))
-    with pytest.raises(SystemExit, match="seed 1 ended with finished:failed:\nwhat went wrong"):
-        run_main(convergence, monkeypatch, "--out", str(tmp_path / "run"), "--seeds", "2")
-    assert list(json.loads((tmp_path / "run.json").read_text())["runs"][""]) == ["0"]
-
-
-def test_runs_are_done_at_the_same_time():
-    both, done = threading.Barrier(2, timeout=20), []
-
-    def run(name: str, seed: int) -> list[dict]:
-        both.wait()
-        return [dict.fromkeys(convergence.COLUMNS.values(), 0.5)]
-
-    convergence.do_runs([("", 0), ("", 1)], run, lambda name, seed, rows: done.append(seed), jobs=2)
-    assert sorted(done) == [0, 1]
-
-
-def test_settings_are_read_as_flower_reads_them():
-    text = "a-b=1 c='x y'  d=\"z\" e=0.5 f=true"
-    assert convergence.parse_settings(text) == {"a-b": 1, "c": "x y", "d": "z", "e": 0.5, "f": True}
-    assert convergence.parse_settings("") == {}
-    for wrong in ("a", "a=1 b", "a=b", "a='x"):
-        with pytest.raises(ValueError):
-            convergence.parse_settings(wrong)
-
-
 def test_the_federated_figure_prints_its_table(app, monkeypatch, capsys):
     directory = app.run(num_server_rounds=1)
     for (named,) in commands("benchmarks.federated_figure"):
@@ -202,16 +140,15 @@ def test_the_federated_figure_prints_its_table(app, monkeypatch, capsys):
 @pytest.fixture
 def small_round_time(superlink, short_sleeps, monkeypatch) -> None:
     """The floor with few nodes, in threads; one start-up."""
-    full_floor = round_time.floor
 
-    def floor(setting: round_time.Setting, rounds: int) -> list[float]:
-        return full_floor(dataclasses.replace(setting, nodes=NODES, trained=2, asked=NODES), 2)
+    def measure_floor(setting: floor.Setting, rounds: int) -> list[float]:
+        return floor.measure_floor(dataclasses.replace(setting, nodes=NODES, trained=2, asked=NODES), 2)
 
     monkeypatch.setattr(round_time, "LocalSuperLink", superlink)
-    monkeypatch.setattr(round_time, "floor", floor)
+    monkeypatch.setattr(round_time, "measure_floor", measure_floor)
     monkeypatch.setattr(round_time, "STARTS", 1)
     threads = types.SimpleNamespace(Queue=queue.Queue, Process=threading.Thread)
-    monkeypatch.setattr(round_time.multiprocessing, "get_context", lambda method: threads)
+    monkeypatch.setattr(floor.multiprocessing, "get_context", lambda method: threads)
 
 
 def test_the_round_time_prints_the_documented_figures(small_round_time, superlink, monkeypatch, tmp_path, capsys):
@@ -223,25 +160,23 @@ def test_the_round_time_prints_the_documented_figures(small_round_time, superlin
     figures = written["figures"]
     # The docs show the figures of the command without --scale.
     assert sorted(documented("benchmarks.round_time")) == sorted(key for key in figures if key.startswith("50 nodes"))
-    assert set(round_time.TARGETS) <= set(figures)
-    assert [(row["nodes"], row["asked"]) for row in written["scale"]] == list(round_time.SCALE)
+    assert set(report.TARGETS) <= set(figures)
+    assert [(row["nodes"], row["asked"]) for row in written["scale"]] == list(report.SCALE)
     shown = capsys.readouterr().out
     for key, value in figures.items():
-        target = f"≤ {round_time.TARGETS[key]:g}" if key in round_time.TARGETS else ""
+        target = f"≤ {report.TARGETS[key]:g}" if key in report.TARGETS else ""
         assert f"| {key} | {target} | {value:.2f} |" in shown
     ratio = figures["50 nodes: app, s per round"] / figures["50 nodes: floor, s per round"]
     assert figures["50 nodes: app / floor, a round"] == ratio > 0
     assert out.with_name("round_time.png").read_bytes().startswith(b"\x89PNG")
-    steps = re.findall(r"^\[(\d+)/(\d+), ", shown, re.MULTILINE)
-    assert [int(step) for step, _ in steps] == list(range(1, int(steps[0][1]) + 1))
 
 
 def test_the_law_is_a_straight_line_over_the_nodes():
-    report = round_time.Report(None, "")
-    for nodes, asked in round_time.SCALE:
+    measured = report.Report(None, "")
+    for nodes, asked in report.SCALE:
         seconds = {"app_round": 3 + nodes / 1000, "engine_round": 1 + nodes / 2000} if asked == 200 else {}
-        report.scale.append({"nodes": nodes, "asked": asked} | seconds)
-    assert report.law() == (
+        measured.scale.append({"nodes": nodes, "asked": asked} | seconds)
+    assert measured.law() == (
         "A round takes 3.0 s plus 1.00 s per 1,000 nodes, and the engine alone 1.0 s plus 0.50 s. "
         "With 100,000 nodes that would be 103 s, 51 s of it the engine's."
     )
@@ -258,10 +193,11 @@ def test_a_round_over_the_network_prints_the_documented_figures(superlink, monke
             return super().push_messages(messages)
 
     class Federation:
-        state, flwr = tmp_path, superlink
+        state, finished = tmp_path, superlink.finished
 
         def __init__(self, state: Path, nodes: int) -> None:
             config = superlink.app.config(query_timeout=10.0)
+            self.flwr = types.SimpleNamespace(home=self)
             self.supernodes = {index: types.SimpleNamespace(pid=1000 + index) for index in range(nodes)}
             self.grid = Grid([0.4] * nodes, client_app.app, config)
             for node, context in self.grid.contexts.items():
@@ -272,7 +208,7 @@ def test_a_round_over_the_network_prints_the_documented_figures(superlink, monke
 
         def __exit__(self, *args: object) -> None: ...
 
-        def lines(self, app: Path, **run_config) -> list[str]:
+        def log_of(self, app: Path, **run_config) -> list[str]:
             server = load_module(app / "pytorch_example_low_level" / "timed.py", "timed_server_app", monkeypatch)
             assert "pytorch_example_low_level.timed:app" in (app / "pyproject.toml").read_text()
             config = superlink.app.config(**run_config)
@@ -281,7 +217,9 @@ def test_a_round_over_the_network_prints_the_documented_figures(superlink, monke
             return log
 
     monkeypatch.setattr(network_round, "Federation", Federation)
-    monkeypatch.setattr(network_round, "family", lambda pid: {pid: "flwr-clientapp"})
+    monkeypatch.setattr(network_round, "AppCli", lambda federation: federation)
+    process = types.SimpleNamespace(pid=1000, cmdline=lambda: ["flwr-clientapp"])
+    monkeypatch.setattr(network_round, "family", lambda pid: [process])
     command = commands("benchmarks.network_round")[-1]
     out = tmp_path / "network_round.json"
     run_main(network_round, monkeypatch, *command, "--rounds", "2", "--out", str(out))
@@ -294,7 +232,7 @@ def test_a_round_over_the_network_prints_the_documented_figures(superlink, monke
 
 
 def test_the_big_model_has_25_mb(monkeypatch, tmp_path):
-    app = round_time.big_app(tmp_path / "app")
+    app = watched.big_app(tmp_path / "app")
     module = load_module(app / "pytorch_example_low_level" / "task.py", "big_task", monkeypatch)
     assert 25e6 < sum(p.numel() * 4 for p in module.make_model(FACTS).parameters()) < 25.5e6
 
@@ -328,10 +266,10 @@ def test_the_local_federation_prints_its_command_and_ends_at_ctrl_c(monkeypatch,
 
 def test_the_floor_does_the_work_of_the_rounds_of_the_app(app):
     grid = app.grid(num_nodes=20)
-    setting = round_time.Setting(20, 5, 12, app.defaults["dataset"])
+    setting = floor.Setting(20, 5, 12, app.defaults["dataset"])
     app.run(grid, **setting.run_config(), num_server_rounds=2)
     asked = {MessageType.TRAIN: "train", MessageType.EVALUATE: "validation"}
-    for server_round, pieces in enumerate(round_time.cohorts(setting, 2), start=1):
+    for server_round, pieces in enumerate(floor.cohorts(setting, 2), start=1):
         sent = [
             (asked[m.metadata.message_type], grid.partition(m.metadata.dst_node_id))
             for m in grid.sent
@@ -369,15 +307,3 @@ def test_replies_are_matched_with_what_their_node_had_sent():
     assert figures["from sending a reply to having fetched it, TRAIN, s (median)"] == pytest.approx(0.4)
     assert figures["from sending a reply to having fetched it, EVALUATE, s (median)"] == pytest.approx(1.0)
     assert figures["from sending a reply to having fetched it, s (maximum)"] == pytest.approx(1.0)
-
-
-def test_the_table_of_seeds_has_mean_deviation_and_worst():
-    def run(central: float, federated: float | None) -> list[dict]:
-        row = {"centralized_accuracy": central, "federated_evaluate_accuracy": federated}
-        row["federated_evaluate_accuracy_min"] = None
-        return [row, row]
-
-    seeds = [run(0.2, 0.5), run(0.4, 0.7), run(0.6, None)]
-    figures = "0.400 ± 0.163 | 0.200 | 0.600 ± 0.100 | 0.500 | – | – |"
-    assert convergence.table(seeds).splitlines()[-1] == f"| 1 | {figures}"
-    assert convergence.final_table({"momentum=0.5": seeds}).splitlines()[-1] == f"| momentum=0.5 | {figures}"

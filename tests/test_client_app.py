@@ -489,18 +489,3 @@ def test_a_server_that_sends_everything_gets_everything(settings, monkeypatch):
     assert reply.content["arrays"].keys() == net.state_dict().keys()
     trained = reply.content["arrays"].to_torch_state_dict()
     assert all(torch.equal(trained[name], net.state_dict()[name]) for name in FROZEN - {"bf16"})
-
-
-def test_a_resnet_of_torchvision_goes_through_a_round(app, monkeypatch, quick_plot):
-    from torchvision.models.resnet import BasicBlock, ResNet
-
-    def make_model(facts: task.Facts) -> nn.Module:
-        net = ResNet(BasicBlock, [1, 1, 1, 1], len(facts["class-names"]))
-        net.conv1 = nn.Conv2d(1, 64, 7, stride=4, padding=3, bias=False)
-        return net
-
-    monkeypatch.setattr(task, "make_model", make_model)
-    settings = {"num_server_rounds": 1, "fraction_clients_train": 0.4, "opt_in_probability": 1.0}
-    (_, row) = results(app.run(**settings))
-    assert (row["train_received"], row["evaluate_received"]) == (2, 5)
-    assert row["train_failed"] == row["train_rejected"] == row["evaluate_failed"] == 0

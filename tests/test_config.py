@@ -1,9 +1,11 @@
 """The run configuration: every key is checked, and all faults come in one error."""
 
+import itertools
 import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -186,12 +188,26 @@ def test_any_exception_is_explained_with_its_cause():
 # -------------------------------------------------------------------------- Random streams
 
 
-def test_random_streams_never_coincide():
-    """`default_rng((42, 0))` and `default_rng((42, 0, 0, 0))` are the same stream; these must not be."""
-    names = [(s, p, r, i) for s in (0, 42, 2**32, 2**63 - 1) for p in Purpose for r in (0, 1, 2) for i in (0, 1, 2**63)]
-    drawn = {random_stream(*name).bytes(16) for name in names}
-    assert len(drawn) == len(names)
-    assert random_stream(42, Purpose.SPLIT).bytes(16) == random_stream(42, Purpose.SPLIT, 0, 0).bytes(16)
+def test_streams_of_different_purposes_never_coincide():
+    paths = [(p, r, n) for p in Purpose for r in (*range(6), 10**6) for n in (*range(6), 2**62, 2**64 - 1)]
+    seen = {tuple(random_stream(42, *path).integers(2**63, size=2)) for path in paths}
+    seen |= {tuple(random_stream(seed, Purpose.TRAIN, 1, 1).integers(2**63, size=2)) for seed in (0, 43, 2**63 - 1)}
+    words = [42, *([42, *path] for path in itertools.product(range(6), repeat=3)), [42, 0], [42, 0, 0]]
+    others = {tuple(np.random.default_rng(word).integers(2**63, size=2)) for word in words}
+    assert len(seen) == len(paths) + 3
+    assert len(others) == len(words) - 3  # NumPy pads words with zeros, so (42, 0) and (42, 0, 0) do coincide
+    assert not seen & others
+
+
+def test_streams_are_repeatable_and_differ_in_each_part():
+    def draw(*path) -> float:
+        return random_stream(*path).random()
+
+    here = (42, Purpose.TRAIN, 3, 7)
+    assert draw(*here) == draw(*here)
+    others = [(43, *here[1:]), (42, Purpose.QUERY, 3, 7), (42, Purpose.TRAIN, 7, 3), (*here[:3], 2**63)]
+    assert len({draw(*path) for path in (here, *others)}) == 5
+    assert draw(42, Purpose.SPLIT) == draw(42, Purpose.SPLIT, 0, 0)
 
 
 def test_a_random_stream_is_the_same_everywhere():

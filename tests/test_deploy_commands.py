@@ -1,31 +1,30 @@
 """The commands of deploy/: one starts a federation, another one writes its partitions."""
 
+import contextlib
+import datetime
 import json
 import os
 import re
 import shlex
 import signal
+import ssl
 import subprocess
 import sys
 import time
 import tomllib
 from pathlib import Path
 
+import psutil
 import pytest
+from cryptography import x509
 
 from deploy import prepare_partitions
-from deploy.cli import PROJECT, STOP_SIGNALS, family, running, stop
-from deploy.local_federation import (
-    Federation,
-    FederationError,
-    dataset_of,
-    make_certificates,
-    make_node_key,
-    run_command,
-)
+from deploy.cli import PROJECT, STOP_SIGNALS, FederationError, command_of, family, stop, wait_for
+from deploy.keys import VALID_FOR, make_certificates, make_node_key
+from deploy.local_federation import Federation, dataset_of, run_command
 from deploy.prepare_partitions import write_partitions
 from pytorch_example_low_level import images
-from tests.conftest import wait_for
+from tests.conftest import alive
 from tests.grid import typed_config
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
@@ -58,13 +57,14 @@ def read_until(process: subprocess.Popen[str], text: str) -> str:
 
 def using(state: Path) -> list[str]:
     """The command lines of the processes that use a folder."""
-    return [args for _, args in running().values() if str(state) in args]
+    commands = [command_of(process) for process in psutil.process_iter()]
+    return [command for command in commands if str(state) in command]
 
 
 def stop_by(name: str, process: subprocess.Popen[str], state: Path) -> str:
     """Stop the command by a signal, check that nothing is left, and return what it printed."""
-    started = family(process.pid)
-    assert started
+    started = [each.pid for each in family(process.pid)]
+    assert len(started) > 1
     for _ in range(2):  # an impatient user
         process.send_signal(signal.Signals[name])
         time.sleep(0.1)
@@ -73,7 +73,7 @@ def stop_by(name: str, process: subprocess.Popen[str], state: Path) -> str:
     assert "Stopping ..." in output
     assert "Traceback" not in output
     assert not using(state)
-    assert not started.keys() & running().keys()
+    assert not alive(started)
     return output
 
 
@@ -89,7 +89,7 @@ def killed(tmp_path_factory):
     ends = []
     try:
         read_until(first, "Ctrl-C stops the federation")
-        started = set(family(first.pid))
+        started = {each.pid for each in family(first.pid)}
         for command_lives in (True, False):
             if not command_lives:
                 first.kill()
@@ -101,7 +101,7 @@ def killed(tmp_path_factory):
         subprocess.run(shlex.split(kill), check=True)
         wait_for(lambda: not using(state))
     finally:
-        for pid in running().keys() & started:
+        for pid in alive(started):
             os.kill(pid, signal.SIGKILL)
         stop(first)
     return state, first.pid, ends
@@ -140,7 +140,7 @@ def state(tmp_path_factory) -> Path:
 def test_a_stop_signal_stops_everything_even_during_the_start(state, name):
     process = local_federation(state)
     try:
-        wait_for(lambda: any("flower-superlink" in args for args in family(process.pid).values()))
+        wait_for(lambda: any("flower-superlink" in command_of(each) for each in family(process.pid)))
         stop_by(name, process, state)
     finally:
         stop(process)
@@ -156,6 +156,37 @@ def test_nothing_that_exists_is_overwritten(tmp_path):
     make_certificates(tmp_path / "certificates")
     make_node_key(tmp_path / "node")
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def handshake(folder: Path, name: str) -> None:
+    """A TLS connection in memory: the server has the certificate, and the client knows the CA and the name."""
+    server_context, client_context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    server_context.load_cert_chain(folder / "server.crt", folder / "server.key")
+    client_context.load_verify_locations(folder / "ca.crt")
+    client_context.verify_flags |= ssl.VERIFY_X509_STRICT
+    up, down = ssl.MemoryBIO(), ssl.MemoryBIO()
+    client = client_context.wrap_bio(down, up, server_hostname=name)
+    server = server_context.wrap_bio(up, down, server_side=True)
+    for side in (client, server, client, server):
+        with contextlib.suppress(ssl.SSLWantReadError):
+            side.do_handshake()
+    assert server.version() == client.version() == "TLSv1.3"
+
+
+def test_the_certificate_is_for_these_names_for_a_year_and_for_a_server(tmp_path):
+    make_certificates(tmp_path, ["server.example.org", "10.0.0.1"])
+    for name in ("server.example.org", "10.0.0.1"):
+        handshake(tmp_path, name)
+    with pytest.raises(ssl.SSLCertVerificationError, match="Hostname mismatch"):
+        handshake(tmp_path, "other.example.org")
+    ca, server = (x509.load_pem_x509_certificate((tmp_path / f"{name}.crt").read_bytes()) for name in ("ca", "server"))
+    assert datetime.timedelta(days=364) < server.not_valid_after_utc - datetime.datetime.now(datetime.UTC) <= VALID_FOR
+    assert server.not_valid_before_utc < datetime.datetime.now(datetime.UTC)
+    usage = server.extensions.get_extension_for_class(x509.KeyUsage).value
+    assert usage.digital_signature and not usage.key_cert_sign
+    assert not server.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+    assert ca.extensions.get_extension_for_class(x509.BasicConstraints).value.path_length == 0
+    assert [path.name for path in tmp_path.iterdir() if b"PRIVATE KEY" in path.read_bytes()] == ["server.key"]
 
 
 def test_partitions_are_written_for_each_node_and_never_over_others(tmp_path, tiny_dataset, monkeypatch, capsys):

@@ -13,10 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from deploy.cli import FinishedRun, family, free_port, running, start, stop
-from deploy.local_federation import HOST, Federation, make_certificates, make_node_key
+from benchmarks.simulation import AppCli, FinishedRun
+from deploy.cli import command_of, family, free_port, start, stop, wait_for
+from deploy.keys import HOST, make_certificates, make_node_key
+from deploy.local_federation import Federation
 from deploy.prepare_partitions import write_partitions
-from tests.conftest import model, results, same_bits, wait_for
+from tests.conftest import alive, model, results, same_bits
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]  # on a busy machine a message takes a minute
 NODES = 3
@@ -68,13 +70,17 @@ def with_a_dead_node(background, settings, tmp_path_factory) -> Future[FinishedR
     return background.submit(run_with_a_dead_node, tmp_path_factory.mktemp("dead") / "federation", settings)
 
 
+def flower(federation: Federation) -> AppCli:
+    return AppCli(federation.flwr.home)
+
+
 # ------------------------------------------------------------------------ Kill, stop, resume
 
 
 def app_processes(federation: Federation) -> dict[int, str]:
     """The processes in which a ServerApp or a ClientApp runs: process id -> command line."""
     started = [federation.superlink, *federation.supernodes.values()]
-    commands = {pid: args for process in started for pid, args in family(process.pid).items()}
+    commands = {each.pid: command_of(each) for process in started for each in family(process.pid)}
     return {pid: args for pid, args in commands.items() if "flwr-serverapp" in args or "flwr-clientapp" in args}
 
 
@@ -108,17 +114,17 @@ def interrupt(federation: Federation, how: str, run_id: str, server_round: int) 
         federation.flwr("stop", run_id)
     else:
         os.kill(serverapp, signal.Signals[how])
-    wait_for(lambda: not processes.keys() & running().keys(), seconds=180)
+    wait_for(lambda: not alive(processes), seconds=180)
 
 
 def start_and_interrupt(federation: Federation, how: str, server_round: int, **settings) -> FinishedRun:
     """Start a run, and interrupt it in a round."""
     log = ""
-    for line in federation.lines(**settings):
+    for line in flower(federation).log_of(**settings):
         log += re.sub(r"\x1b\[\d+m", "", line)
         if f"Starting round {server_round}/" in line:
             interrupt(federation, how, re.search(r"Successfully started run (\d+)", log).group(1), server_round)
-            return federation.flwr.finished(log)
+            return flower(federation).finished(log)
     raise AssertionError(f"the run ended by itself:\n{log}")
 
 
@@ -142,7 +148,7 @@ def resumed(federation, tmp_path_factory, settings, with_a_dead_node):
             interrupted = start_and_interrupt(federation, how, server_round, **settings, resume_from=str(directory))
             directory, statuses[how] = interrupted.directory, interrupted.status
             committed[how] = interrupted.results
-        run = federation.run(**settings, resume_from=str(directory))
+        run = flower(federation).run(**settings, resume_from=str(directory))
         exits = {name: process.poll() for name, process in intruders.items()}
         assert federation.online() == NODES
     finally:
@@ -211,7 +217,7 @@ def run_with_a_dead_node(state: Path, settings: dict) -> FinishedRun:
     settings |= {"min_available_nodes": 2, "node_wait_timeout": 120.0}  # round 2 waits for both
     log = ""
     with Federation(state, 2) as federation:
-        for line in federation.lines(**settings):
+        for line in flower(federation).log_of(**settings):
             log += line
             if "Starting round 1/" in line:
                 kill_while_it_trains(federation, 1)
@@ -221,14 +227,14 @@ def run_with_a_dead_node(state: Path, settings: dict) -> FinishedRun:
                 while federation.online() == 2 and time.monotonic() < deadline:
                     time.sleep(6)  # asking takes a second of CPU time
                 federation.start_supernode(1)
-        return federation.flwr.finished(log)
+        return flower(federation).finished(log)
 
 
 def kill_while_it_trains(federation: Federation, index: int) -> None:
     """Kill a SuperNode that has got a TRAIN message."""
     log, node = federation.state / f"node-{index}.log", federation.supernodes[index]
     wait_for(lambda: re.search("Receiving: train message.*Received successfully", log.read_text(), re.DOTALL))
-    wait_for(lambda: any("flwr-clientapp" in args for args in family(node.pid).values()))
+    wait_for(lambda: any("flwr-clientapp" in command_of(each) for each in family(node.pid)))
     os.killpg(node.pid, signal.SIGKILL)
     node.wait()
 

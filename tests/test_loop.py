@@ -11,7 +11,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricReco
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 
-from pytorch_example_low_level import client_app, images, messaging, server_app, task, utils
+from pytorch_example_low_level import client_app, images, server_app, task, utils
 from pytorch_example_low_level.config import CODE, UserError
 from tests.conftest import model, results, same_bits
 from tests.grid import FACTS, InProcessGrid, TimedGrid, typed_config
@@ -209,28 +209,6 @@ def test_the_global_model_is_the_weighted_mean(app):
     assert results(directory)[1]["train_loss"] == 2.5
 
 
-def test_the_federated_figures_are_weighted_by_examples(app):
-    grid = app.grid(num_nodes=2)
-
-    def send(accuracy: float, num_examples: int):
-        def handler(msg, context):
-            if msg.metadata.message_type != MessageType.EVALUATE:
-                return client_app.app(msg, context)
-            metrics = MetricRecord({"eval_loss": 1 - accuracy, "eval_acc": accuracy, "num-examples": num_examples})
-            return Message(RecordDict({"metrics": metrics}), reply_to=msg)
-
-        return handler
-
-    grid.handlers = {0: send(0.25, 10), 1: send(0.75, 30)}
-    row = results(app.run(grid, num_server_rounds=1, opt_in_probability=1.0))[1]
-    assert row["federated_evaluate_accuracy"] == 0.625
-    assert row["federated_evaluate_loss"] == 0.375
-    assert row["federated_evaluate_accuracy_std"] == pytest.approx(math.sqrt(3) / 8)  # 1/4*(3/8)² + 3/4*(1/8)²
-    assert row["federated_evaluate_accuracy_min"] == 0.25
-    assert row["federated_evaluate_accuracy_median"] == 0.5
-    assert row["federated_evaluate_accuracy_p10"] == pytest.approx(0.3)
-
-
 def test_the_same_seed_gives_the_same_bits(app):
     """Whatever the ids of the nodes and the order of the replies."""
     first = app.run(app.grid(seed=0))
@@ -330,13 +308,6 @@ def test_a_long_central_evaluation_costs_no_node_its_place(app, monkeypatch):
     assert row["seconds_query"] < 1
 
 
-def test_the_server_fetches_few_models_ahead_of_their_turn(app):
-    grid = app.grid(num_nodes=24)
-    app.run(grid, num_server_rounds=1, fraction_clients_train=1.0, opt_in_probability=0.0)
-    assert len(by_round(grid, MessageType.TRAIN)[1]) == 24
-    assert 1 < grid.peak_models <= messaging.MAX_WAITING
-
-
 # ---------------------------------------------------------------------------------- Nodes
 
 
@@ -388,23 +359,6 @@ def test_nodes_that_register_after_round_1_take_part(app):
 
     grid.before_push = register
     assert [row["nodes_available"] for row in results(app.run(grid, opt_in_probability=1.0))[1:]] == [4, 5]
-
-
-def test_a_simulation_is_not_resumed_with_other_nodes(app):
-    directory = app.run(num_server_rounds=1)
-    with pytest.raises(
-        UserError, match=r'The data is split for 5 simulated nodes, and now there are 6\..*"num-supernodes=5 '
-    ):
-        app.run(app.grid(num_nodes=6), resume_from=str(directory))
-    assert len(results(directory)) == 2
-    assert len(results(app.run(resume_from=str(directory)))) == 3
-
-
-def test_a_federation_is_resumed_with_other_nodes(app):
-    directory = app.run(num_server_rounds=1)
-    grid = app.grid(num_nodes=6)
-    grid.simulated = False
-    assert results(app.run(grid, resume_from=str(directory)))[2]["nodes_available"] == 6
 
 
 # ------------------------------------------------------- Flower's own strategy, and its tutorial

@@ -1,7 +1,6 @@
 """Schedules, random streams, files that are replaced whole, the run directory and its lock."""
 
 import errno
-import itertools
 import json
 import os
 import re
@@ -12,14 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
 from torch import nn
 
 from pytorch_example_low_level import utils
-from pytorch_example_low_level.config import Purpose, RunConfig, UserError, random_stream
+from pytorch_example_low_level.config import RunConfig, UserError
 from tests.conftest import results
 from tests.grid import PROJECT, make_context, run_config
 from tests.wandb_files import expected_history, history_of, own, wandb_folder
@@ -76,31 +74,6 @@ def test_the_evaluations_of_nodes_hold_each_committed_round_once(tmp_path):
     assert path.read_bytes() == whole
     with pytest.raises(UserError, match=r"Cannot write .*node_results"):
         utils.append_lines(tmp_path / "none" / "node_results.jsonl", [{}])
-
-
-# -------------------------------------------------------------------------- Random streams
-
-
-def test_streams_of_different_purposes_never_coincide():
-    paths = [(p, r, n) for p in Purpose for r in (*range(6), 10**6) for n in (*range(6), 2**62, 2**64 - 1)]
-    seen = {tuple(random_stream(42, *path).integers(2**63, size=2)) for path in paths}
-    seen |= {tuple(random_stream(seed, Purpose.TRAIN, 1, 1).integers(2**63, size=2)) for seed in (0, 43, 2**63 - 1)}
-    words = [42, *([42, *path] for path in itertools.product(range(6), repeat=3)), [42, 0], [42, 0, 0]]
-    others = {tuple(np.random.default_rng(word).integers(2**63, size=2)) for word in words}
-    assert len(seen) == len(paths) + 3
-    assert len(others) == len(words) - 3  # NumPy pads words with zeros, so (42, 0) and (42, 0, 0) do coincide
-    assert not seen & others
-
-
-def test_streams_are_repeatable_and_differ_in_each_part():
-    def draw(*path) -> float:
-        return random_stream(*path).random()
-
-    here = (42, Purpose.TRAIN, 3, 7)
-    assert draw(*here) == draw(*here)
-    others = [(43, *here[1:]), (42, Purpose.QUERY, 3, 7), (42, Purpose.TRAIN, 7, 3), (*here[:3], 2**63)]
-    assert len({draw(*path) for path in (here, *others)}) == 5
-    assert draw(42, Purpose.SPLIT) == draw(42, Purpose.SPLIT, 0, 0)
 
 
 # ---------------------------------------------------------------------------------- Files

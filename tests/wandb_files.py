@@ -4,7 +4,8 @@ import json
 import struct
 from pathlib import Path
 
-from tests.conftest import results, wait_for
+from deploy.cli import wait_for
+from tests.conftest import results
 
 
 def records_of(folder: Path) -> list:

@@ -1,0 +1,1 @@
+"""An app that only exchanges messages: see app.py."""

@@ -1,0 +1,190 @@
+"""An app that exchanges as many messages of the same size as the real one, and does nothing else.
+
+It waits for the nodes as the real app does, sends to nodes drawn at random, and asks for at most 64
+replies at a time, every 10 ms. Its settings can add the arithmetic of the real app on random images
+in memory, with the phases of a round, or only the imports of the real app.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache, partial
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from pytorch_example_low_level.images import Split
+
+SETTINGS: Any = SimpleNamespace(local_epochs=1, batch_size=32, momentum=0.9, logit_adjustment=1.0, augment=False)
+client = ClientApp()
+server = ServerApp()
+
+
+# ------------------------------------------------------------------------- The arithmetic
+
+
+@cache
+def images(count: int) -> Split:
+    """Return random images of ten classes."""
+    import torch
+
+    from pytorch_example_low_level.images import Split
+
+    pixels = torch.randint(0, 256, (count, 1, 28, 28), dtype=torch.uint8)
+    return Split(pixels, torch.arange(count) % 10, [str(number) for number in range(10)])
+
+
+def model(arrays: ArrayRecord | None = None) -> nn.Module:
+    """Return the app's model."""
+    from pytorch_example_low_level.task import make_model
+
+    net = make_model(images(1).facts)
+    if arrays is not None:
+        net.load_state_dict(arrays.to_torch_state_dict())
+    return net
+
+
+def trained(arrays: ArrayRecord, count: int) -> ArrayRecord:
+    """Return the model after an epoch over random images."""
+    import torch
+
+    from pytorch_example_low_level import task
+
+    net = model(arrays)
+    task.train(net, images(count), SETTINGS, lr=0.01, seed=1, device=torch.device("cpu"))
+    return ArrayRecord(net.state_dict())
+
+
+def test(arrays: ArrayRecord, count: int) -> None:
+    """Test the model on random images."""
+    import torch
+
+    from pytorch_example_low_level import task
+
+    task.test(model(arrays), images(count), torch.device("cpu"))
+
+
+def mean(replies: Iterable[Message], like: ArrayRecord) -> ArrayRecord:
+    """Return the mean of the models in the replies."""
+    from pytorch_example_low_level.server_app import weighted_mean
+
+    updates = ((reply.content.array_records["arrays"].to_torch_state_dict(), 1) for reply in replies)
+    average = weighted_mean(updates, like.to_torch_state_dict())
+    return like if average is None else ArrayRecord(average)
+
+
+@cache
+def import_what_a_node_imports() -> None:
+    """Import, and create the first optimizer, which imports PyTorch's compiler."""
+    import torch
+
+    torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+
+
+# ------------------------------------------------------------------------------- The nodes
+
+
+@client.train()
+def train(msg: Message, context: Context) -> Message:
+    """Return the model, trained if there are images."""
+    if context.run_config["imports"]:
+        import_what_a_node_imports()
+    arrays, count = msg.content.array_records["arrays"], int(context.run_config["train-images"])
+    metrics = MetricRecord({"train_loss": 1.0, "num-examples": 1})
+    content = RecordDict({"arrays": trained(arrays, count) if count else arrays, "metrics": metrics})
+    return Message(content, reply_to=msg)
+
+
+@client.evaluate()
+def evaluate(msg: Message, context: Context) -> Message:
+    """Test the model if there are images."""
+    if count := int(context.run_config["validation-images"]):
+        test(msg.content.array_records["arrays"], count)
+    metrics = MetricRecord({"eval_loss": 1.0, "eval_acc": 1.0, "num-examples": 1})
+    return Message(RecordDict({"metrics": metrics}), reply_to=msg)
+
+
+@client.query()
+def query(msg: Message, context: Context) -> Message:
+    """Opt in."""
+    return Message(RecordDict({"config": ConfigRecord({"opt-in": True})}), reply_to=msg)
+
+
+# ------------------------------------------------------------------------------ The server
+
+
+def connected_nodes(grid: Grid, last: int) -> list[int]:
+    """Return the ids of the nodes, once there are as many as before."""
+    while True:
+        nodes = sorted(grid.get_nodes(), key=lambda node: node.registered_at)
+        if len(nodes) >= 2 and len(nodes) == last:
+            return [node.node_id for node in nodes]
+        last = len(nodes)
+        time.sleep(0.5)
+
+
+def send_and_look(grid: Grid, messages: list[Message], meanwhile: Callable[[], None]) -> Iterator[Message]:
+    """Send messages, do something meanwhile, and yield the replies."""
+    waiting = list(grid.push_messages(messages))
+    meanwhile()
+    while waiting:
+        replies = {reply.metadata.reply_to_message_id: reply for reply in grid.pull_messages(waiting[:64])}
+        yield from replies.values()
+        waiting = [message_id for message_id in waiting if message_id not in replies]
+        time.sleep(0.01)
+
+
+def sorted_sample(sample: Callable[..., list[int]], nodes: list[int], count: int) -> list[int]:
+    """Draw nodes, in their order."""
+    return [nodes[index] for index in sorted(sample(range(len(nodes)), count))]
+
+
+@server.main()
+def main(grid: Grid, context: Context) -> None:
+    """Exchange the messages of the rounds, and print the seconds of each exchange."""
+    config: Any = context.run_config
+    if config["imports"]:
+        import datasets  # noqa: F401
+        import torch  # noqa: F401
+    count = config["test-images"]
+    if count:
+        arrays = ArrayRecord(model().state_dict())
+    else:  # as many arrays as the app's model has, and as many numbers
+        values = np.zeros(config["parameters"] // 12, dtype=np.float32)
+        arrays = ArrayRecord({f"{number}": Array(values) for number in range(12)})
+
+    def exchange(kind: str, nodes: list[int], meanwhile: Callable[[], None] = lambda: None) -> ArrayRecord:
+        started = time.monotonic()
+        content = RecordDict({"config": ConfigRecord({"server-round": 1, "lr": 0.1})})
+        if kind != MessageType.QUERY:
+            content["arrays"] = arrays
+        messages = [Message(content, node, kind) for node in nodes]
+        by_flower = config["send-and-receive"]
+        replies = grid.send_and_receive(messages) if by_flower else send_and_look(grid, messages, meanwhile)
+        if count and kind == MessageType.TRAIN:
+            result = mean(replies, like=arrays)
+        else:
+            result = arrays
+            assert len(list(replies)) == len(nodes)
+        print(f"ENGINE {kind} {len(nodes)} {time.monotonic() - started:.6f}", flush=True)
+        return result
+
+    connected: list[int] = []
+    for server_round in range(1, config["rounds"] + 1):
+        connected = connected_nodes(grid, last=len(connected))
+        sample = random.Random(server_round).sample
+        started = time.monotonic()
+        arrays = exchange(MessageType.TRAIN, sorted_sample(sample, connected, config["trained"]))
+        tested = partial(test, arrays, count) if count else lambda: None
+        exchange(MessageType.QUERY, sorted_sample(sample, connected, config["asked"]), tested)
+        exchange(MessageType.EVALUATE, sorted_sample(sample, connected, config["evaluated"]))
+        print(f"ENGINE round {len(connected)} {time.monotonic() - started:.6f}", flush=True)
