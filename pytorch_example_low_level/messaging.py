@@ -69,19 +69,24 @@ class Batch:
     server_round: int
     timeout: float  # seconds
     deadline: float  # seconds since the epoch
-    sent: int  # nodes asked
+    nodes: Sequence[Node]  # those asked, in the order of the sample
     pending: dict[str, Node] = field(default_factory=dict)  # no reply yet; by message id, in the order of sending
     received: int = 0  # replies that were used
     failed: int = 0  # errors, and nodes without a reply before the deadline
     rejected: int = 0  # replies that could not be used
     broken: int = 0  # of those that failed, errors that lie in a node's data or code
-    faults: dict[str, list[Node]] = field(default_factory=dict)  # reason -> nodes
+    faults: dict[str, set[Node]] = field(default_factory=dict)  # reason -> nodes
+
+    @property
+    def sent(self) -> int:
+        """The number of nodes asked."""
+        return len(self.nodes)
 
     def leave_out(self, node: Node, reason: str) -> None:
         """Record why a node is left out; the reason may be text from the node."""
         reason = clean(reason) or "no reason given"
         reason = reason if reason in self.faults or len(self.faults) < MAX_REASONS else "other reasons"
-        self.faults.setdefault(reason, []).append(node)
+        self.faults.setdefault(reason, set()).add(node)
 
     def miss(self, node: Node) -> None:
         """Record a node without a reply before the deadline. In a QUERY that is not a fault."""
@@ -92,9 +97,10 @@ class Batch:
     def log_faults(self) -> str:
         """Log one warning per reason, for all of its nodes together; return the first, or ""."""
         lines = []
-        for reason, nodes in self.faults.items():
-            names = ", ".join(node.name for node in nodes[:3]) + (", ..." if len(nodes) > 3 else "")
-            who = names if len(nodes) == 1 else f"{len(nodes)} nodes ({names})"
+        for reason, left_out in self.faults.items():
+            names = [node.name for node in self.nodes if node in left_out]  # not in the order of arrival
+            listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            who = listed if len(names) == 1 else f"{len(names)} nodes ({listed})"
             lines.append(f"{who} ({self.message_type}): {reason}")
             log.warning("Round %s: left out %s", self.server_round, lines[-1])
         return lines[0] if lines else ""
@@ -113,7 +119,7 @@ class Mailbox:
         self, nodes: Sequence[Node], message_type: str, content: RecordDict, server_round: int, timeout: float
     ) -> Batch:
         """Send `content` to each node, and add the deadline (seconds since the epoch) to its record "config"."""
-        batch = Batch(message_type, server_round, timeout, time.time() + timeout, len(nodes))
+        batch = Batch(message_type, server_round, timeout, time.time() + timeout, nodes)
         # Flower loses all replies of a request if it cannot decode one. Over a network, each has its own request.
         self.together = MAX_LOOK if any(node.simulated for node in nodes) else 1
         config = ConfigRecord({**content.config_records.get("config", {}), "deadline": batch.deadline})

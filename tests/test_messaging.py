@@ -401,10 +401,11 @@ def test_nodes_that_fail_alike_share_one_warning(caplog):
     assert warning.count("partition ") == 3
 
 
-def test_two_nodes_that_fail_alike_are_both_named(caplog):
-    (warning,) = faults_of(caplog, [fails("no"), fails("no")])
-    assert "..." not in warning
-    assert warning.count("partition ") == 2
+def test_two_nodes_that_fail_alike_are_named_in_the_order_of_the_sample(caplog):
+    mailbox = Mailbox(TimedGrid([0.3, 0.0], fails("no")))  # the second one replies first
+    batch = send(mailbox, 5, MessageType.TRAIN)
+    assert collect(mailbox, batch) == []
+    assert batch.log_faults() == "2 nodes (partition 0, partition 1) (train): no"
 
 
 def test_thousands_of_missed_deadlines_are_one_line(caplog):
