@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,7 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from tests.grid import InProcessGrid
+from recipes import PACKAGE
+from tests.grid import PROJECT, InProcessGrid
 from tests.recipes import PacedGrid, changed_app, run
 
 Row = dict[str, Any]
@@ -34,6 +36,7 @@ class Variant:
     name: str
     recipes: tuple[str, ...] = ()
     config: dict[str, Any] = field(default_factory=dict)
+    one_place: bool = False  # one node has all training data
 
 
 FIGURES: dict[str, Callable[[list[Row]], float]] = {
@@ -42,6 +45,13 @@ FIGURES: dict[str, Callable[[list[Row]], float]] = {
     "personal": lambda rows: rows[-1].get("federated_evaluate_personal_accuracy", np.nan),
     "seconds": lambda rows: sum(row["seconds_total"] for row in rows[1:]),
     "epsilon": lambda rows: rows[-1].get("epsilon", np.nan),
+    "auc": lambda rows: rows[-1]["centralized_auc"],
+    "r2": lambda rows: rows[-1]["centralized_r2"],
+    "loss": lambda rows: rows[-1]["centralized_loss"],
+    "best": lambda rows: max(row["centralized_accuracy"] for row in rows[1:]),
+    "best for nodes": lambda rows: max(rows[1:], key=lambda r: r["federated_evaluate_accuracy"])[
+        "centralized_accuracy"
+    ],
 }
 
 
@@ -61,6 +71,13 @@ MANY_NODES = {
     "partitioner": "iid", "fraction-clients-train": 0.5, "fraction-clients-query": 0.01, "num-server-rounds": 5,
     "local-epochs": 5, "batch-size": 8,
 }  # fmt: skip
+
+
+def another_task(figure: str, nodes: int, *recipes: str) -> Experiment:
+    """Return the comparison of a task on nodes with the same model trained on all data in one place."""
+    variants = [Variant(f"{nodes} nodes", recipes), Variant("one place", recipes, one_place=True)]
+    return Experiment(variants, (figure,), nodes, config={"num-server-rounds": 20, "fraction-clients-train": 0.5})
+
 
 EXPERIMENTS = {
     "fedopt": Experiment(
@@ -96,6 +113,12 @@ EXPERIMENTS = {
         config={"opt-in-probability": 1.0, "num-server-rounds": 20},
     ),
     "adamw": Experiment([Variant("SGD, rate 0.05"), Variant("AdamW, rate 0.001", ("adamw",))]),
+    "no-test-data": Experiment(
+        [Variant("FedAvg")], ("accuracy", "best", "best for nodes"), config={"evaluate-every": 1}
+    ),
+    "tabular": another_task("auc", 10, "tabular"),
+    "regression": another_task("r2", 10, "tabular", "regression"),
+    "text": another_task("loss", 7, "text"),
     "median": Experiment([Variant("mean"), Variant("median", ("median",))]),
     "median-wild": Experiment([Variant("mean"), Variant("median", ("median",))], wild=5),
 }
@@ -108,18 +131,31 @@ def measure(experiment: Experiment, variant: Variant, seed: int) -> list[Row]:
         config: dict[str, Any] = {"use-wandb": False, "output-dir": folder, "seed": seed}
         config |= {"query-max-delay": 0.0, "evaluate-every": 1000}
         config |= experiment.config | variant.config
+        if "text" in variant.recipes:
+            config["text-folder"] = str(one_text(Path(folder)) if variant.one_place else PROJECT / PACKAGE)
+        if variant.one_place:
+            config |= {"min-available-nodes": 1, "min-train-nodes": 1, "fraction-clients-train": 1.0}
         if experiment.slow > 1:
             paces = np.random.default_rng(seed).lognormal(sigma=0.3, size=experiment.nodes)
             paces[::10] *= experiment.slow
             grid: Any = PacedGrid(app, config, list(paces))
         else:
-            grid = InProcessGrid(app.client_app.app, config, experiment.nodes)
+            grid = InProcessGrid(app.client_app.app, config, 1 if variant.one_place else experiment.nodes)
         for partition in range(experiment.wild):
             grid.handlers[partition] = wild(app)
         run(app, config, grid)
         (path,) = Path(folder).glob("*/*/results.json")
         rows: list[Row] = json.loads(path.read_text())
         return rows
+
+
+def one_text(folder: Path) -> Path:
+    """Join the texts of all nodes to one; return the folder that has it, and the server's text."""
+    paths = sorted((PROJECT / PACKAGE).glob("*.py"))
+    texts = [path.read_text() for path in paths if path.name != "config.py" and path.stat().st_size > 1000]
+    (folder / "all.py").write_text("".join(texts))
+    shutil.copy(PROJECT / PACKAGE / "config.py", folder)
+    return folder
 
 
 def wild(app: Any) -> Callable[..., Any]:

@@ -585,11 +585,38 @@ def test_another_task_changes_nothing_but_task_and_settings(recipes):
     assert touched <= {"task.py", "config.py", "pyproject.toml"}
 
 
+# ------------------------------------------------------------- 17. A server without test data
+
+
+def test_without_test_data_the_best_model_is_that_of_the_best_federated_score(try_out, tmp_path, monkeypatch):
+    app = changed_app("no-test-data")
+    done = resumed(app, try_out, tmp_path, monkeypatch, 3, num_server_rounds=4, opt_in_probability=1.0)
+    rows = done.rows
+    assert {row[key] for row in rows for key in ("centralized_loss", "centralized_accuracy")} == {None}
+    assert rows[0]["federated_evaluate_accuracy"] is None
+    assert [row["evaluate_received"] for row in rows[1:]] == [5] * 4
+    state = torch.load(done.directory / "checkpoints" / "last.pt", weights_only=True)
+    best = max(rows[1:], key=lambda row: row["federated_evaluate_accuracy"])
+    assert (state["best_round"], state["best_score"]) == (best["round"], best["federated_evaluate_accuracy"])
+    # The model in best.pt is the one that the nodes evaluated in that round.
+    sent = [m for m in done.grid.sent if m.metadata.message_type == "evaluate"]
+    model = torch.load(done.directory / "checkpoints" / "best.pt", weights_only=True)
+    assert any(same_bits(message.content["arrays"].to_torch_state_dict(), model) for message in sent)
+    settings = json.loads((done.directory / "run_config.json").read_text())
+    assert (settings["image-shape"], len(settings["class-names"])) == ([1, 28, 28], 10)
+
+
+def test_without_test_data_a_round_without_an_evaluation_is_never_the_best(try_out):
+    done = try_out(changed_app("no-test-data"), opt_in_probability=0.0)
+    assert [row["federated_evaluate_accuracy"] for row in done.rows] == [None] * 3
+    assert not (done.directory / "checkpoints" / "best.pt").exists()
+
+
 # --------------------------------------------------------------------------- The document
 
 
 def test_every_recipe_has_a_test():
-    tests = Path(__file__).read_text()
+    tests = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
     assert len(RECIPES) >= 17
     for recipe in RECIPES:
         assert f'"{recipe}"' in tests, recipe
