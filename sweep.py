@@ -30,7 +30,7 @@ import tempfile
 import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from datetime import timedelta
 from multiprocessing import get_context
 from pathlib import Path
@@ -53,6 +53,7 @@ COLUMNS = {
     "federated": f"federated_evaluate_{SCORE}",
     "worst node": f"federated_evaluate_{SCORE}_min",
 }
+PROGRESS_EVERY = 30  # seconds
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")  # Okabe and Ito: safe for the colour-blind
 LINES = ("-", "--", ":", "-.", "-")
 
@@ -87,7 +88,8 @@ def main() -> None:
     if missing:
         with runner(args, variants) as run:
             try:
-                do_runs(missing, run, done, args.jobs)
+                rounds = sum((run_config() | variants[name])["num-server-rounds"] for name, _ in missing)
+                do_runs(missing, run, done, args.jobs, rounds, lambda: rounds_done(runs_folder(args.out)))
             except KeyboardInterrupt:
                 interrupted = True
                 for child in family(os.getpid())[1:]:
@@ -101,10 +103,20 @@ def main() -> None:
         sys.exit(f"Interrupted: {there} of {len(seeds) * len(variants)} runs are in {out}. The same command continues.")
 
 
+def runs_folder(out: Path) -> Path:
+    """Return the folder of the run directories."""
+    return out.with_name(f"{out.name}-runs").absolute()
+
+
+def rounds_done(outputs: Path) -> int:
+    """Return the number of rounds that all runs have committed."""
+    return sum(len(json.loads(path.read_text())) - 1 for path in outputs.glob("*/seed-*/*/*/results.json"))
+
+
 @contextlib.contextmanager
 def runner(args: argparse.Namespace, variants: Mapping[str, dict[str, Any]]) -> Iterator[Callable[[str, int], Rows]]:
     """Give a function that does the run of a variant and a seed, and returns the rows of its results.json."""
-    outputs = args.out.with_name(f"{args.out.name}-runs").absolute()
+    outputs = runs_folder(args.out)
 
     def settings(name: str, seed: int) -> dict[str, Any]:
         folder = outputs / re.sub(r"[^\w.=-]+", "_", name or "default") / f"seed-{seed}"
@@ -178,20 +190,33 @@ def do_runs(
     run: Callable[[str, int], Rows],
     done: Callable[[str, int, Rows], None],
     jobs: int,
+    rounds: int,
+    rounds_done: Callable[[], int],
 ) -> None:
-    """Do the runs, `jobs` at the same time; print the progress and the time left."""
-    print(f"{len(missing)} runs to do, {jobs} at the same time; a minute or two each ...", flush=True)
-    started = time.monotonic()
+    """Do the runs, `jobs` at the same time; print the progress and the time left, by the rounds of all runs."""
+    print(f"{len(missing)} runs with {rounds} rounds to do, {jobs} at the same time ...", flush=True)
+    started, before = time.monotonic(), rounds_done()  # those of interrupted runs are done again
+
+    def progress() -> str:
+        finished = rounds_done() - before
+        pace = (time.monotonic() - started) / max(finished, 1)
+        left = timedelta(seconds=round(pace * (rounds - finished))) if finished else "an unknown time"
+        return f"{finished}/{rounds} rounds; about {left} left"
+
     with ThreadPoolExecutor(jobs) as executor:
         futures = {executor.submit(run, *which): which for which in missing}
+        waiting, count = set(futures), 0
         try:
-            for count, future in enumerate(as_completed(futures), start=1):
-                name, seed = futures[future]
-                rows = future.result()
-                done(name, seed, rows)
-                left = timedelta(seconds=round((time.monotonic() - started) / count * (len(missing) - count)))
-                figures = ", ".join(f"{what} {number(rows[-1][key])}" for what, key in COLUMNS.items())
-                print(f"{count}/{len(missing)} {name or 'run'}, seed {seed}: {figures}; about {left} left", flush=True)
+            while waiting:
+                finished, waiting = wait(waiting, PROGRESS_EVERY, FIRST_COMPLETED)
+                if not finished:
+                    print(f"... {progress()}", flush=True)
+                for future in sorted(finished, key=lambda f: f.exception() is not None):  # keep those that went well
+                    count, (name, seed) = count + 1, futures[future]
+                    rows = future.result()
+                    done(name, seed, rows)
+                    figures = ", ".join(f"{what} {number(rows[-1][key])}" for what, key in COLUMNS.items())
+                    print(f"{count}/{len(missing)} {name or 'run'}, seed {seed}: {figures}; {progress()}", flush=True)
         finally:
             executor.shutdown(wait=False, cancel_futures=True)  # after a failure, begin no other run
 

@@ -3,6 +3,7 @@
 import json
 import re
 import threading
+import time
 
 import pytest
 
@@ -66,15 +67,21 @@ def test_a_failed_run_keeps_those_that_went_well(superlink, short_sleeps, monkey
     assert list(json.loads((tmp_path / "run.json").read_text())["runs"][""]) == ["0"]
 
 
-def test_runs_are_done_at_the_same_time():
-    both, done = threading.Barrier(2, timeout=20), []
+def test_runs_are_done_at_the_same_time_with_the_time_left_by_their_rounds(monkeypatch, capsys):
+    both, done, rounds = threading.Barrier(2, timeout=20), [], iter([5, 5, 6, 6, 9, 9, 9])
+    monkeypatch.setattr(sweep, "PROGRESS_EVERY", 0.2)
 
     def run(name: str, seed: int) -> list[dict]:
         both.wait()
+        time.sleep(0.5)
         return [dict.fromkeys(sweep.COLUMNS.values(), 0.5)]
 
-    sweep.do_runs([("", 0), ("", 1)], run, lambda name, seed, rows: done.append(seed), jobs=2)
+    sweep.do_runs([("", 0), ("", 1)], run, lambda name, seed, rows: done.append(seed), 2, 4, lambda: next(rounds))
     assert sorted(done) == [0, 1]
+    shown = capsys.readouterr().out
+    assert "2 runs with 4 rounds to do" in shown
+    assert "... 0/4 rounds; about an unknown time left" in shown
+    assert re.search(r"\.\.\. 1/4 rounds; about 0:00:0[12] left", shown)
 
 
 def test_settings_are_read_as_flower_reads_them():
@@ -100,7 +107,7 @@ def test_an_interrupted_sweep_shows_what_is_there_and_goes_on(superlink, short_s
         run_main(sweep, monkeypatch, *arguments)
     shown = capsys.readouterr().out
     assert "worst of 1 seeds" in shown
-    assert re.search(r"2/4 .*; about \d:\d\d:\d\d left", shown)
+    assert re.search(r"2/4 .*; \d+/40 rounds; about .* left", shown)
     monkeypatch.setattr(sweep, "LocalSuperLink", superlink)
     run_main(sweep, monkeypatch, *arguments)
     assert [asked["seed"] for asked in superlink.asked] == [1, 1]
