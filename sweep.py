@@ -203,22 +203,22 @@ def do_runs(
         left = timedelta(seconds=round(pace * (rounds - finished))) if finished else "an unknown time"
         return f"{finished}/{rounds} rounds; about {left} left"
 
-    with ThreadPoolExecutor(jobs) as executor:
-        futures = {executor.submit(run, *which): which for which in missing}
-        waiting, count = set(futures), 0
-        try:
-            while waiting:
-                finished, waiting = wait(waiting, PROGRESS_EVERY, FIRST_COMPLETED)
-                if not finished:
-                    print(f"... {progress()}", flush=True)
-                for future in sorted(finished, key=lambda f: f.exception() is not None):  # keep those that went well
-                    count, (name, seed) = count + 1, futures[future]
-                    rows = future.result()
-                    done(name, seed, rows)
-                    figures = ", ".join(f"{what} {number(rows[-1][key])}" for what, key in COLUMNS.items())
-                    print(f"{count}/{len(missing)} {name or 'run'}, seed {seed}: {figures}; {progress()}", flush=True)
-        finally:
-            executor.shutdown(wait=False, cancel_futures=True)  # after a failure, begin no other run
+    executor = ThreadPoolExecutor(jobs)
+    futures = {executor.submit(run, *which): which for which in missing}
+    waiting, count = set(futures), 0
+    try:
+        while waiting:
+            finished, waiting = wait(waiting, PROGRESS_EVERY, FIRST_COMPLETED)
+            if not finished:
+                print(f"... {progress()}", flush=True)
+            for future in sorted(finished, key=lambda f: f.exception() is not None):  # keep those that went well
+                count, (name, seed) = count + 1, futures[future]
+                rows = future.result()
+                done(name, seed, rows)
+                figures = ", ".join(f"{what} {number(rows[-1][key])}" for what, key in COLUMNS.items())
+                print(f"{count}/{len(missing)} {name or 'run'}, seed {seed}: {figures}; {progress()}", flush=True)
+    finally:
+        executor.shutdown(wait=False, cancel_futures=True)  # begin no other run, and do not wait for those at work
 
 
 def number(value: float | None) -> str:

@@ -84,6 +84,22 @@ def test_runs_are_done_at_the_same_time_with_the_time_left_by_their_rounds(monke
     assert re.search(r"\.\.\. 1/4 rounds; about 0:00:0[12] left", shown)
 
 
+def test_an_interruption_does_not_wait_for_the_runs_at_work():
+    stopped = threading.Event()
+
+    def run(name: str, seed: int) -> list[dict]:
+        if seed == 1:
+            raise KeyboardInterrupt
+        stopped.wait(60)
+        return []
+
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        sweep.do_runs([("", 0), ("", 1)], run, lambda *args: None, 2, 4, lambda: 0)
+    assert time.monotonic() - started < 30
+    stopped.set()
+
+
 def test_settings_are_read_as_flower_reads_them():
     text = "a-b=1 c='x y'  d=\"z\" e=0.5 f=true"
     assert sweep.parse_settings(text) == {"a-b": 1, "c": "x y", "d": "z", "e": 0.5, "f": True}
