@@ -1,3 +1,3 @@
 """A Flower app with a hand-written federated-learning round, based on the low-level API."""
 
-__version__ = "2.0.0"
+__version__ = "2.1.0"
