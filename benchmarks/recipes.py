@@ -48,6 +48,7 @@ FIGURES: dict[str, Callable[[list[Row]], float]] = {
     "auc": lambda rows: rows[-1]["centralized_auc"],
     "r2": lambda rows: rows[-1]["centralized_r2"],
     "loss": lambda rows: rows[-1]["centralized_loss"],
+    "MB received": lambda rows: rows[1]["megabytes_received"],
     "best": lambda rows: max(row["centralized_accuracy"] for row in rows[1:]),
     "best for nodes": lambda rows: max(rows[1:], key=lambda r: r["federated_evaluate_accuracy"])[
         "centralized_accuracy"
@@ -119,6 +120,14 @@ EXPERIMENTS = {
     "tabular": another_task("auc", 10, "tabular"),
     "regression": another_task("r2", 10, "tabular", "regression"),
     "text": another_task("loss", 7, "text"),
+    "quantise": Experiment(
+        [
+            Variant("float32"),
+            Variant("bfloat16", ("quantise", "bfloat16")),
+            Variant("8-bit integers", ("quantise",)),
+        ],
+        ("accuracy", "MB received"),
+    ),
     "median": Experiment([Variant("mean"), Variant("median", ("median",))]),
     "median-wild": Experiment([Variant("mean"), Variant("median", ("median",))], wild=5),
 }

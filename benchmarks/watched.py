@@ -75,11 +75,11 @@ def peak_kib(pid: int) -> int:
     return 0
 
 
-def big_app(folder: Path) -> Path:
-    """Copy the app with a model of 25 MB: 6,300,000 parameters."""
+def big_app(folder: Path, units: int = BIG) -> Path:
+    """Copy the app with a larger first linear layer; 12,000 units give a model of 25 MB with 6,300,000 parameters."""
     copy_app(folder)
     module = folder / "pytorch_example_low_level" / "task.py"
     source = module.read_text()
-    wide = source.replace("32 * 4 * 4, 128)", f"32 * 4 * 4, {BIG})").replace("Linear(128,", f"Linear({BIG},")
+    wide = source.replace("32 * 4 * 4, 128)", f"32 * 4 * 4, {units})").replace("Linear(128,", f"Linear({units},")
     module.write_text(wide)
     return folder
