@@ -14,6 +14,7 @@ from typing import Any
 
 import datasets
 
+from benchmarks.photos import Memory
 from benchmarks.simulation import LocalSuperLink
 from benchmarks.watched import big_app, watch
 from pytorch_example_low_level.images import bundled
@@ -24,6 +25,7 @@ IMAGES = 200  # in each split
 
 def few_images(folder: Path) -> str:
     """Save a part of the bundled images as a data set; return its folder."""
+    datasets.disable_progress_bars()
     for split, rows in datasets.load_dataset(bundled()).items():
         rows.shuffle(seed=0).select(range(IMAGES)).to_parquet(folder / "data" / f"{split}.parquet")
     return str(folder)
@@ -41,15 +43,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as made, LocalSuperLink(Path(made, "home")) as superlink:
         settings |= {"dataset": few_images(Path(made, "few")), "partitioner": "iid", "use_wandb": False}
         app = big_app(Path(made, "app"), int(args.megabytes * 1e6 / BYTES_PER_UNIT))
-        watched = watch(superlink, app=app, nodes=args.nodes, **settings)
-        rows = watched.run.results[1:]
+        memory = Memory(superlink.process.pid)
+        memory.start()
+        rows = watch(superlink, app=app, nodes=args.nodes, **settings).run.results[1:]
+        memory.going_on = False
     received = " and ".join(str(row["train_received"]) for row in rows)
     seconds = " and ".join(f"{row['seconds_total']:.0f}" for row in rows)
-    print(
-        "| model, MB | nodes | replies in each round | rounds, s | server, peak MiB | worker, peak MiB |\n|"
-        + " --- |" * 6
-    )
-    peaks = f"{watched.server_peak / 1024:.0f} | {watched.worker_peak / 1024:.0f}"
+    print("| model, MB | nodes | replies in each round | rounds, s | server, MiB | worker, MiB |\n|" + " --- |" * 6)
+    peaks = f"{memory.peaks['server']:.0f} | {memory.peaks['worker']:.0f}"
     print(f"| {args.megabytes} | {args.nodes} | {received} | {seconds} | {peaks} |")
 
 

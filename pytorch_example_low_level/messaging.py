@@ -4,6 +4,7 @@ They replace `Grid.send_and_receive`, which returns all models at once and asks 
 """
 
 import math
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,6 +34,8 @@ MAX_LOOK = 64  # message ids in one look for replies; its cost grows with their 
 MAX_WAITING = 8  # models in memory that wait for their turn to be aggregated
 PAUSE = 0.01  # seconds between two looks at the beginning of a phase
 PROGRESS_EVERY = 10  # seconds
+GLANCE = 1  # seconds that a look waits for a download before it turns to the next one
+PATIENCE = 10  # seconds after the deadline in which a download can still be completed
 
 
 @dataclass(frozen=True)
@@ -106,12 +109,33 @@ class Batch:
         return lines[0] if lines else ""
 
 
+class Download(threading.Thread):
+    """Fetches the reply to one message.
+
+    Flower finds a reply when its upload begins. If the node then dies, `pull_messages` waits for minutes for the
+    rest, so it has a thread of its own that can be left behind.
+    """
+
+    def __init__(self, grid: Grid, message_id: str) -> None:
+        super().__init__(daemon=True)  # so that it does not hold up the end of the run
+        self.grid, self.message_id, self.began = grid, message_id, time.time()
+        self.found: list[Message | Exception] = []  # the reply, if there is one, or the exception of Flower
+
+    def run(self) -> None:
+        """Look once for the reply."""
+        try:
+            self.found = list(self.grid.pull_messages([self.message_id]))
+        except Exception as error:
+            self.found = [error]
+
+
 class Mailbox:
     """Sends the messages of a phase and collects the replies that arrive before its deadline."""
 
     def __init__(self, grid: Grid) -> None:
         self.grid = grid
         self.together = 1  # message ids in one request
+        self.downloads: dict[str, Download] = {}  # that have not ended, by message id
         self.late: deque[str] = deque(maxlen=10_000)  # ids of messages whose replies are no longer awaited
         self.bytes_sent = self.bytes_received = 0  # of arrays, since the last call of `traffic`
 
@@ -170,7 +194,7 @@ class Mailbox:
         room = min(MAX_WAITING, MAX_LOOK - len(ids), self.together)
         late = {self.late.popleft(): None for _ in range(min(len(self.late), room))}
         values: dict[str, T] = {}
-        for message_id, reply in self._pull([*ids, *late]):
+        for message_id, reply in self._pull([*ids, *late], batch.deadline if is_last_look else None):
             late.pop(message_id, None)
             node = batch.pending.pop(message_id, None)
             if node is None:  # a late reply, or a second one
@@ -203,17 +227,33 @@ class Mailbox:
         self.bytes_sent = self.bytes_received = 0
         return counts
 
-    def _pull(self, ids: Sequence[str]) -> Iterator[tuple[str, Message | Exception]]:
-        """Fetch the replies that have arrived. For a reply that Flower cannot decode, yield the exception."""
-        for start in range(0, len(ids), self.together):
-            try:
-                for reply in self.grid.pull_messages(ids[start : start + self.together]):
-                    yield reply.metadata.reply_to_message_id, reply
-            except Exception as error:
-                self.grid.get_node_ids()  # raises if the SuperLink cannot be reached
-                if self.together > 1:
-                    raise
-                yield ids[start], error
+    def _pull(self, ids: Sequence[str], deadline: float | None) -> Iterator[tuple[str, Message | Exception]]:
+        """Fetch the replies that have arrived. For a reply that Flower cannot decode, yield the exception.
+
+        In the last look of a phase, which has its `deadline`, downloads that are not complete get a little more time.
+        """
+        if self.together > 1:
+            for start in range(0, len(ids), self.together):
+                found = list(self.grid.pull_messages(ids[start : start + self.together]))
+                while found:  # the memory of each message is free when it is read
+                    message = found.pop(0)
+                    yield message.metadata.reply_to_message_id, message
+            return
+        for message_id in ids:
+            if message_id not in self.downloads:
+                download = self.downloads[message_id] = Download(self.grid, message_id)
+                download.start()
+                download.join(GLANCE)
+        for message_id in ids:
+            download = self.downloads[message_id]
+            if deadline is not None:
+                download.join(max(0.0, max(deadline, download.began) + PATIENCE - time.time()))
+            if download.is_alive():
+                continue
+            for reply in self.downloads.pop(message_id).found:
+                if isinstance(reply, Exception):
+                    self.grid.get_node_ids()  # raises if the SuperLink cannot be reached
+                yield message_id, reply
 
 
 def clean(text: str) -> str:
