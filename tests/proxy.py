@@ -1,0 +1,101 @@
+"""A TCP proxy that fails on purpose, in front of the SuperLink. It sees only ciphertext."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from contextlib import suppress
+from types import TracebackType
+
+from deploy.keys import HOST
+
+CHUNK = 16_384  # bytes
+
+
+class Proxy:
+    """Passes connections on to a port of this machine. Its attributes may be changed at any time."""
+
+    def __init__(self, target: int) -> None:
+        self.target = target
+        self.latency = 0.0  # seconds, in each direction
+        self.rate = float("inf")  # bytes a second, in each direction
+        self.refuse = False  # new connections are closed
+        self.vanish = False  # half-open: all bytes vanish, and nothing is closed
+        self.uploaded = 0  # bytes from the node, since it was last set to 0
+        self.vanish_after = float("inf")  # of `uploaded`: then all bytes vanish
+        self.cut_after = float("inf")  # of `uploaded`: then all connections are cut, and new ones are refused
+        self.port = 0
+        self._loop = asyncio.new_event_loop()
+        self._writers: set[asyncio.StreamWriter] = set()
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> Proxy:
+        self._thread.start()
+        self._ready.wait(10)
+        return self
+
+    def __exit__(self, *args: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(10)
+
+    def cut(self) -> None:
+        """Reset all connections."""
+        self._loop.call_soon_threadsafe(self._cut)
+
+    def heal(self) -> None:
+        """Pass everything on again; what was lost stays lost, so the old connections are cut."""
+        self.latency, self.rate, self.refuse, self.vanish = 0.0, float("inf"), False, False
+        self.vanish_after = self.cut_after = float("inf")
+        self.cut()
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        server = self._loop.run_until_complete(asyncio.start_server(self._serve, HOST, 0))
+        self.port = server.sockets[0].getsockname()[1]
+        self._ready.set()
+        self._loop.run_forever()
+
+    def _cut(self) -> None:
+        for writer in self._writers:
+            writer.transport.abort()
+        self._writers.clear()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self.refuse:
+            writer.transport.abort()
+            return
+        try:
+            there, back = await asyncio.open_connection(HOST, self.target)
+        except OSError:  # the SuperLink is not there
+            writer.transport.abort()
+            return
+        self._writers |= {writer, back}
+        await asyncio.gather(self._pump(reader, back, upload=True), self._pump(there, writer, upload=False))
+        self._writers -= {writer, back}
+
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, upload: bool) -> None:
+        """Pass bytes on, each `latency` seconds later."""
+        waiting: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()
+        sending = asyncio.ensure_future(self._send(waiting, writer))
+        with suppress(OSError):
+            while data := await reader.read(CHUNK):
+                self.uploaded += len(data) * upload
+                if self.uploaded > self.cut_after:
+                    self.refuse = True
+                    self._cut()
+                    break
+                if not self.vanish and self.uploaded <= self.vanish_after:
+                    await asyncio.sleep(len(data) / self.rate)
+                    waiting.put_nowait((time.monotonic() + self.latency, data))
+        waiting.put_nowait((time.monotonic() + self.latency, b""))
+        await sending
+
+    async def _send(self, waiting: asyncio.Queue[tuple[float, bytes]], writer: asyncio.StreamWriter) -> None:
+        with suppress(OSError):
+            while (item := await waiting.get())[1]:
+                await asyncio.sleep(max(0.0, item[0] - time.monotonic()))
+                writer.write(item[1])
+                await writer.drain()
+            writer.close()
