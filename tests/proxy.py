@@ -20,7 +20,7 @@ class Proxy:
         self.target = target
         self.latency = 0.0  # seconds, in each direction
         self.rate = float("inf")  # bytes a second, in each direction
-        self.refuse = False  # new connections are closed
+        self.refuses = False  # new connections: set by `cut` and `heal`
         self.vanish = False  # half-open: all bytes vanish, and nothing is closed
         self.uploaded = 0  # bytes from the node, since it was last set to 0
         self.vanish_after = float("inf")  # of `uploaded`: then all bytes vanish
@@ -41,31 +41,35 @@ class Proxy:
         self._thread.join(10)
 
     def cut(self) -> None:
-        """Reset all connections."""
+        """Reset all connections, and refuse new ones until `heal`."""
         self._loop.call_soon_threadsafe(self._cut)
 
     def heal(self) -> None:
         """Pass everything on again; what was lost stays lost, so the old connections are cut."""
-        self.latency, self.rate, self.refuse, self.vanish = 0.0, float("inf"), False, False
+        self.latency, self.rate, self.vanish = 0.0, float("inf"), False
         self.vanish_after = self.cut_after = float("inf")
         self.cut()
+        asyncio.run_coroutine_threadsafe(self._listen(), self._loop).result(10)
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
-        server = self._loop.run_until_complete(asyncio.start_server(self._serve, HOST, 0))
-        self.port = server.sockets[0].getsockname()[1]
+        self._loop.run_until_complete(self._listen())
         self._ready.set()
         self._loop.run_forever()
 
+    async def _listen(self) -> None:
+        self._server = await asyncio.start_server(self._serve, HOST, self.port)
+        self.port, self.refuses = self._server.sockets[0].getsockname()[1], False
+
     def _cut(self) -> None:
+        # A connection that is accepted and then closed would look like a wrong certificate: SuperNodes give up.
+        self._server.close()
+        self.refuses = True
         for writer in self._writers:
             writer.transport.abort()
         self._writers.clear()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if self.refuse:
-            writer.transport.abort()
-            return
         try:
             there, back = await asyncio.open_connection(HOST, self.target)
         except OSError:  # the SuperLink is not there
@@ -83,7 +87,6 @@ class Proxy:
             while data := await reader.read(CHUNK):
                 self.uploaded += len(data) * upload
                 if self.uploaded > self.cut_after:
-                    self.refuse = True
                     self._cut()
                     break
                 if not self.vanish and self.uploaded <= self.vanish_after:

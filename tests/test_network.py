@@ -112,6 +112,12 @@ def when_it_trains(federation: ProxiedFederation, index: int, then: Callable[[],
     threading.Thread(target=wait).start()
 
 
+def pause(process: subprocess.Popen, seconds: float) -> None:
+    """Stop a process for some seconds: its connections stay open, and nothing comes through."""
+    process.send_signal(signal.SIGSTOP)
+    threading.Timer(seconds, lambda: process.send_signal(signal.SIGCONT)).start()
+
+
 def trained(finished: FinishedRun) -> list[tuple[int, int]]:
     return [(row["train_received"], row["train_failed"]) for row in finished.results[1:]]
 
@@ -133,7 +139,7 @@ def test_an_upload_that_is_cut_counts_if_it_is_back_before_the_deadline(federati
         proxy.uploaded, proxy.cut_after = 0, 150_000  # of a model of 320,000
 
     def back() -> None:
-        wait_for(lambda: proxy.refuse, 120, 0.05)
+        wait_for(lambda: proxy.refuses, 300, 0.05)
         time.sleep(back_after)
         proxy.heal()
 
@@ -183,7 +189,6 @@ def test_a_node_that_is_half_open_is_left_out_and_comes_back(federation, run):
 def test_a_round_without_any_node_keeps_the_model(federation, run):
     def away() -> None:
         for proxy in federation.proxies:
-            proxy.refuse = True
             proxy.cut()
         threading.Timer(60, lambda: [proxy.heal() for proxy in federation.proxies]).start()
 
@@ -194,3 +199,10 @@ def test_a_round_without_any_node_keeps_the_model(federation, run):
     assert rows[1]["federated_evaluate_loss"] is None
     assert "no usable TRAIN reply; the global model stays as it is" in finished.log
     print("FIGURES all away:", [row["seconds_total"] for row in rows[1:]])
+
+
+def test_a_superlink_that_hangs_for_20_seconds_costs_only_time(federation, run):
+    hang = {"Starting round 1/": lambda: when_it_trains(federation, 1, lambda: pause(federation.superlink, 20))}
+    finished = run(hang)
+    assert trained(finished) == [(3, 0)] * 2
+    print("FIGURES SuperLink hangs for 20 s:", [row["seconds_total"] for row in finished.results[1:]])
