@@ -71,6 +71,10 @@ def test_waits_for_the_least_number_and_until_no_more_nodes_register(counts, lea
     assert wait(Registering(*counts), min_available_nodes=least) == expected
 
 
+def test_enough_nodes_that_come_and_go_do_not_hold_up_a_run():
+    assert wait(Registering(*[4, 5] * 100, simulated=False), node_wait_timeout=0.1) in (4, 5)
+
+
 def test_waits_as_long_as_it_takes_to_settle(monkeypatch):
     monkeypatch.undo()  # the real constant
     slept = []
