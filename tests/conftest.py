@@ -59,6 +59,7 @@ class App:
             "num_server_rounds": 2,
             "fraction_clients_train": 0.6,
             "query_max_delay": 0.0,
+            "query_timeout": 60.0,  # the machine may be busy
             "use_wandb": False,
             "server_device": "cpu",
         }
@@ -118,6 +119,10 @@ def model(directory: Path, name: str = "final_model.pt") -> dict[str, torch.Tens
 
 def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
+
+
+def lines_of(caplog, level: str = "WARNING") -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelname == level]
 
 
 def alive(pids) -> set[int]:

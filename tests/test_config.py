@@ -24,7 +24,7 @@ from pytorch_example_low_level.config import (
     random_stream,
     source_digest,
 )
-from tests.grid import make_context, run_config
+from tests.grid import make_context, run_config, typed_config
 
 DEFAULTS = run_config()
 
@@ -67,41 +67,30 @@ WRONG = {
     "wandb-project": [1, "", "a/b", "x" * 129, "a b"],
 }
 
-# The first and the last value allowed.
+# The first and the last value allowed, of keys and of groups of them.
 LIMITS = {
-    "num-server-rounds": [1, 10**6],
-    "fraction-clients-train": [1e-9, 1.0],
-    "fraction-clients-query": [1e-9, 1.0],
-    "evaluate-every": [1, 10**6],
-    "min-available-nodes": [2, 10**6],
-    "min-train-nodes": [1, 2],
-    "local-epochs": [1, 10**4],
-    "batch-size": [1, 10**6],
-    "learning-rate": [1e-9, 100.0],
-    "momentum": [0.0, 0.999999],
-    "logit-adjustment": [0.0, 10.0],
-    "lr-decay-every": [0, 10**6],
-    "lr-decay-factor": [1e-9, 1.0],
-    "opt-in-probability": [0.0, 1.0],
-    "query-max-delay": [0.0, 86_400.0],
-    "dirichlet-alpha": [0.001, 1e6],
-    "seed": [0, 2**63 - 1],
-    "wandb-project": ["x", "x" * 128],
-    "server-device": ["cpu", "cuda:123"],
-    **{f"{name}-timeout": [1e-9, 86_400.0] for name in ("node-wait", "train", "query", "evaluate")},
+    ("num-server-rounds", "evaluate-every", "batch-size"): [1, 10**6],
+    ("fraction-clients-train", "fraction-clients-query", "lr-decay-factor"): [1e-9, 1.0],
+    ("node-wait-timeout", "train-timeout", "query-timeout", "evaluate-timeout"): [1e-9, 86_400.0],
+    ("min-available-nodes",): [2, 10**6],
+    ("min-train-nodes",): [1, 2],
+    ("local-epochs",): [1, 10**4],
+    ("learning-rate",): [1e-9, 100.0],
+    ("momentum",): [0.0, 0.999999],
+    ("logit-adjustment",): [0.0, 10.0],
+    ("lr-decay-every",): [0, 10**6],
+    ("opt-in-probability",): [0.0, 1.0],
+    ("query-max-delay",): [0.0, 86_400.0],
+    ("dirichlet-alpha",): [0.001, 1e6],
+    ("image-size",): [0, 16, 512],
+    ("seed",): [0, 2**63 - 1],
+    ("wandb-project",): ["x", "x" * 128],
+    ("server-device",): ["cpu", "cuda:123"],
 }
 
 
-def read(**overrides) -> RunConfig:
-    return RunConfig.from_context(make_context(DEFAULTS | {k.replace("_", "-"): v for k, v in overrides.items()}))
-
-
-def test_the_defaults_are_valid_and_come_back():
-    assert RunConfig.from_context(make_context(DEFAULTS)).model_dump(by_alias=True) == DEFAULTS
-
-
 def test_a_whole_number_may_stand_for_a_float():
-    rate = read(learning_rate=1).learning_rate
+    rate = typed_config(learning_rate=1).learning_rate
     assert rate == 1.0
     assert isinstance(rate, float)
 
@@ -116,7 +105,7 @@ def test_a_wrong_value_is_named_with_key_and_what_is_allowed(key, value):
     assert " should " in line
 
 
-@pytest.mark.parametrize(("key", "value"), [(k, v) for k, values in LIMITS.items() for v in values])
+@pytest.mark.parametrize(("key", "value"), [(k, v) for keys, values in LIMITS.items() for k in keys for v in values])
 def test_the_limits_are_allowed(key, value):
     assert RunConfig.from_context(make_context(DEFAULTS | {key: value})).model_dump(by_alias=True)[key] == value
 
@@ -169,9 +158,7 @@ def test_any_values_give_a_configuration_or_one_error(overrides):
 
 def test_an_error_is_one_line_or_its_name():
     assert one_line(ValueError("\n one\n  two")) == "one two"
-    assert one_line(ValueError()) == "ValueError"
     assert one_line(ValueError(" \n")) == "ValueError"
-    assert one_line(ValueError("word " * 1000)) == "word " * 200
     assert one_line(ValueError("x" * 1001)) == "x" * 1000
 
 
@@ -181,38 +168,27 @@ def test_any_exception_is_explained_with_its_cause():
         raise cause
     assert str(error.value) == "output-dir: [Errno 13] Permission denied; allowed: a folder"
     assert error.value.__cause__ is cause
-    with explained("nothing"):
-        pass
+    said = r"^Cannot read: while generating \('magic'\)$"  # the outer one says nothing
+    with pytest.raises(UserError, match=said), explained("Cannot read"):
+        raise RuntimeError("while generating") from KeyError("magic")
 
 
 # -------------------------------------------------------------------------- Random streams
 
 
-def test_streams_of_different_purposes_never_coincide():
+def test_streams_of_different_seeds_and_paths_never_coincide():
     paths = [(p, r, n) for p in Purpose for r in (*range(6), 10**6) for n in (*range(6), 2**62, 2**64 - 1)]
     seen = {tuple(random_stream(42, *path).integers(2**63, size=2)) for path in paths}
     seen |= {tuple(random_stream(seed, Purpose.TRAIN, 1, 1).integers(2**63, size=2)) for seed in (0, 43, 2**63 - 1)}
-    words = [42, *([42, *path] for path in itertools.product(range(6), repeat=3)), [42, 0], [42, 0, 0]]
-    others = {tuple(np.random.default_rng(word).integers(2**63, size=2)) for word in words}
     assert len(seen) == len(paths) + 3
-    assert len(others) == len(words) - 3  # NumPy pads words with zeros, so (42, 0) and (42, 0, 0) do coincide
-    assert not seen & others
-
-
-def test_streams_are_repeatable_and_differ_in_each_part():
-    def draw(*path) -> float:
-        return random_stream(*path).random()
-
-    here = (42, Purpose.TRAIN, 3, 7)
-    assert draw(*here) == draw(*here)
-    others = [(43, *here[1:]), (42, Purpose.QUERY, 3, 7), (42, Purpose.TRAIN, 7, 3), (*here[:3], 2**63)]
-    assert len({draw(*path) for path in (here, *others)}) == 5
-    assert draw(42, Purpose.SPLIT) == draw(42, Purpose.SPLIT, 0, 0)
+    words = [42, [42, 0], [42, 0, 0], *([42, *path] for path in itertools.product(range(6), repeat=3))]
+    assert not seen & {tuple(np.random.default_rng(word).integers(2**63, size=2)) for word in words}
 
 
 def test_a_random_stream_is_the_same_everywhere():
     """Results in the documentation depend on these bits."""
     assert random_stream(42, Purpose.TRAIN, 3, 7).integers(0, 1000, 4).tolist() == [578, 331, 506, 404]
+    assert random_stream(42, Purpose.SPLIT).random() == random_stream(42, Purpose.SPLIT, 0, 0).random()
 
 
 # ------------------------------------------------------------------------- The code that runs
@@ -243,15 +219,3 @@ def test_other_code_is_one_clear_error_and_the_same_code_elsewhere_is_none():
         UserError, match=rf"other code than the server: the node {re.escape(CODE)}, the server 0 in /b\."
     ):
         check_code("0 in /b")
-
-
-def test_an_error_that_says_nothing_shows_its_cause():
-    def generate() -> None:
-        try:
-            raise KeyError("magic")
-        except KeyError as error:
-            raise RuntimeError("while generating") from error
-
-    said = r"^Cannot read: while generating \('magic'\); allowed: x$"
-    with pytest.raises(UserError, match=said), explained("Cannot read", "; allowed: x"):
-        generate()

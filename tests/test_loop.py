@@ -7,9 +7,10 @@ import time
 import pandas as pd
 import pytest
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MessageType, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
+from torch import nn
 
 from pytorch_example_low_level import client_app, images, server_app, task, utils
 from pytorch_example_low_level.config import CODE, UserError
@@ -32,13 +33,9 @@ def by_round(grid: InProcessGrid, message_type: str) -> dict[int, list[Message]]
     return found
 
 
-def test_a_run_leaves_the_promised_files_and_figures(app):
+def test_a_run_leaves_the_promised_figures(app):
+    """Which files there are is compared with the reference, in test_docs.py."""
     directory = app.run(num_server_rounds=3, lr_decay_every=2, opt_in_probability=1.0)
-    files = {str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file()}
-    assert files - {".lock"} == {
-        "run_config.json", "results.json", "metrics.png", "final_model.pt",
-        "checkpoints/best.pt", "checkpoints/last.pt", "node_results.jsonl",
-    }  # fmt: skip
     rows = results(directory, times=True)
     assert [row["round"] for row in rows] == [0, 1, 2, 3]
     assert [row["lr"] for row in rows] == [None, 0.05, 0.05, 0.025]
@@ -65,24 +62,10 @@ def test_a_run_leaves_the_promised_files_and_figures(app):
     assert task.test(net, test_split, torch.device("cpu"))["accuracy"] == max(accuracies)
     net.load_state_dict(model(directory))
     assert task.test(net, test_split, torch.device("cpu"))["accuracy"] == accuracies[-1]
-    assert (directory / "metrics.png").read_bytes()[:4] == b"\x89PNG"
     config = json.loads((directory / "run_config.json").read_text())
-    assert config.pop("versions").keys() == {"flwr", "flwr-datasets", "torch", "numpy", "app", "python"}
-    assert config.pop("class-names") == list(test_split.class_names)
-    assert config.pop("image-shape") == [1, 28, 28]
-    assert config.pop("run-id") == "1"
-    assert config == app.config(num_server_rounds=3, lr_decay_every=2, opt_in_probability=1.0)
-
-
-def test_the_accuracy_of_each_class_is_recorded(app):
-    """The mean over the classes, weighted by their images, is the accuracy."""
-    labels = images.load_test_split(typed_config(dataset=app.config()["dataset"])).labels
-    counts = torch.bincount(labels, minlength=10).double()
-    for row in results(app.run()):
-        per_class = torch.tensor([math.nan if a is None else a for a in row["centralized_accuracy_per_class"]]).double()
-        assert len(per_class) == 10
-        assert torch.equal(per_class.isnan(), counts == 0)
-        assert (per_class.nan_to_num() @ counts / counts.sum()).item() == pytest.approx(row["centralized_accuracy"])
+    config.pop("versions")
+    settings = app.config(num_server_rounds=3, lr_decay_every=2, opt_in_probability=1.0)
+    assert config == settings | test_split.facts | {"run-id": "1"}
 
 
 def test_the_seconds_of_a_round_add_up(app, monkeypatch, caplog):
@@ -105,6 +88,7 @@ def test_the_seconds_of_a_round_add_up(app, monkeypatch, caplog):
     seconds = {MessageType.TRAIN: 0.2, MessageType.QUERY: 0.3, MessageType.EVALUATE: 0.4}
     grid.handlers = {0: slow(seconds)}
     overrides = {"fraction_clients_train": 1.0, "opt_in_probability": 1.0, "query_timeout": 60.0}
+    overrides["num_server_rounds"] = 1
     for row in results(app.run(grid, **overrides), times=True)[1:]:
         parts = {key: row[f"seconds_{key}"] for key in ("nodes", "train", "central", "query", "evaluate")}
         assert sum(parts.values()) == pytest.approx(row["seconds_total"], abs=0.05)
@@ -122,8 +106,8 @@ def test_the_megabytes_of_a_round_by_hand(app, caplog):
     one = sum(len(name) + 128 + size for name, size in arrays) / 1e6
     assert one == pytest.approx(80_298 * 4 / 1e6, rel=0.01)
     grid = app.grid()
-    grid.handlers = {0: lambda msg, context: None}  # never answers
-    settings = {"fraction_clients_train": 1.0, "opt_in_probability": 1.0, "train_timeout": 3.0, "query_timeout": 2.0}
+    grid.handlers = {0: lambda msg, context: Message(Error(code=0, reason="no"), reply_to=msg)}
+    settings = {"fraction_clients_train": 1.0, "opt_in_probability": 1.0, "query_timeout": 60.0}
     rows = results(app.run(grid, **settings, num_server_rounds=3, evaluate_every=2))
     assert (rows[0]["megabytes_sent"], rows[0]["megabytes_received"]) == (None, None)
     # TRAIN goes to all 5 nodes, of which 4 answer and evaluate; round 1 has no evaluation.
@@ -132,27 +116,12 @@ def test_the_megabytes_of_a_round_by_hand(app, caplog):
     assert f"), {9 * one:.1f} MB sent, {4 * one:.1f} MB received; about 0:00:" in caplog.text
 
 
-def test_the_log_reads_like_the_design(app, caplog):
-    caplog.set_level("INFO", logger="flwr")
-    app.run(num_server_rounds=1, opt_in_probability=1.0)
-    log = [r.message for r in caplog.records]
-    start = log.index("🔄 Starting round 1/1")
-    words = [
-        "🔄 Starting round", "Sampled 3 out of 5 nodes.",
-        "📥 Received 3/3 results (TRAIN)", "💡 Centrally evaluated model -> loss:", "🎉 New best global model found:",
-        "📨 Received 5/5 results (QUERY)", "✅ 5/5 nodes opted-in for evaluation (QUERY)",
-        "📥 Received 5/5 results (EVALUATE)", "📊 Federated evaluation -> loss:", "⏱️ Round took",
-        "This run is finished: 1 rounds.", "📂 Run directory:",
-    ]  # fmt: skip
-    assert [line.startswith(word) for line, word in zip(log[start:], words, strict=True)] == [True] * len(words)
-
-
 def test_the_messages_are_those_of_the_contract(app):
     grid = app.grid()
     start = time.time()
-    app.run(grid, opt_in_probability=1.0, lr_decay_every=1, query_max_delay=0.01)
+    timeouts = {"train_timeout": 1e3, "query_timeout": 2e3, "evaluate_timeout": 3e3}
+    app.run(grid, opt_in_probability=1.0, lr_decay_every=1, query_max_delay=0.01, **timeouts)
     train, query, evaluate = (by_round(grid, t) for t in (MessageType.TRAIN, MessageType.QUERY, MessageType.EVALUATE))
-    assert len(grid.sent) == 2 * (3 + 5 + 5)
     facts = images.load_test_split(typed_config(dataset=app.config()["dataset"])).facts
 
     def config_of(message: Message, timeout: float) -> dict:
@@ -162,51 +131,18 @@ def test_the_messages_are_those_of_the_contract(app):
 
     for server_round, lr in ((1, 0.05), (2, 0.025)):
         assert [len(m[server_round]) for m in (train, query, evaluate)] == [3, 5, 5]
-        sent = train[server_round][0]
-        assert config_of(sent, 600) == {
-            "server-round": server_round, "lr": lr, "app": CODE, **facts,
-        }  # fmt: skip
-        assert config_of(query[server_round][0], 2) == {"server-round": server_round, "max-delay": 0.01}
-        assert config_of(evaluate[server_round][0], 600) == {
-            "server-round": server_round, "app": CODE, **facts,
-        }  # fmt: skip
-        assert sent.content.keys() == evaluate[server_round][0].content.keys() == {"arrays", "config"}
+        to_train, to_evaluate = train[server_round][0], evaluate[server_round][0]
+        whole = {"server-round": server_round, "app": CODE, **facts}
+        assert config_of(to_train, 1e3) == whole | {"lr": lr}
+        assert config_of(query[server_round][0], 2e3) == {"server-round": server_round, "max-delay": 0.01}
+        assert config_of(to_evaluate, 3e3) == whole
+        assert to_train.content.keys() == to_evaluate.content.keys() == {"arrays", "config"}
         assert query[server_round][0].content.keys() == {"config"}
-        assert sent.content["arrays"].keys() == task.make_model(FACTS).state_dict().keys()
-        assert sent.content["arrays"] is train[server_round][1].content["arrays"]  # one copy for all nodes
+        assert to_train.content["arrays"].keys() == task.make_model(FACTS).state_dict().keys()
+        assert to_train.content["arrays"] is train[server_round][1].content["arrays"]  # one copy for all nodes
     # What is evaluated is what was aggregated, and it is trained on in the next round.
     assert evaluate[1][0].content["arrays"].object_id == train[2][0].content["arrays"].object_id
     assert evaluate[1][0].content["arrays"].object_id != train[1][0].content["arrays"].object_id
-
-
-def test_other_timeouts_are_other_deadlines(app):
-    grid = app.grid()
-    start = time.time()
-    timeouts = {"train_timeout": 1e3, "query_timeout": 2e3, "evaluate_timeout": 3e3}
-    app.run(grid, num_server_rounds=1, opt_in_probability=1.0, **timeouts)
-    deadlines = {m.metadata.message_type: m.content["config"]["deadline"] - start for m in grid.sent}
-    expected = {MessageType.TRAIN: 1e3, MessageType.QUERY: 2e3, MessageType.EVALUATE: 3e3}
-    assert deadlines == pytest.approx(expected, abs=100)
-
-
-def test_the_global_model_is_the_weighted_mean(app):
-    """Partitions of 24 and 96 images; the first node always sends ones, the second threes."""
-    grid = app.grid(num_nodes=2)
-
-    def send(value: float, num_examples: int):
-        def handler(msg, context):
-            if msg.metadata.message_type != MessageType.TRAIN:
-                return client_app.app(msg, context)
-            state = {k: torch.full_like(v, value) for k, v in msg.content["arrays"].to_torch_state_dict().items()}
-            metrics = MetricRecord({"train_loss": value, "num-examples": num_examples})
-            return Message(RecordDict({"arrays": ArrayRecord(state), "metrics": metrics}), reply_to=msg)
-
-        return handler
-
-    grid.handlers = {0: send(1.0, 24), 1: send(3.0, 72)}
-    directory = app.run(grid, num_server_rounds=1, fraction_clients_train=1.0)
-    assert {v for t in model(directory).values() for v in t.flatten().tolist()} == {2.5}  # (24*1 + 72*3) / 96
-    assert results(directory)[1]["train_loss"] == 2.5
 
 
 def test_the_same_seed_gives_the_same_bits(app):
@@ -218,25 +154,6 @@ def test_the_same_seed_gives_the_same_bits(app):
     assert results(first) == results(second)
     assert same_bits(model(first), model(second))
     assert not same_bits(model(first), model(other))
-
-
-def test_nodes_that_do_not_opt_in_are_not_asked_to_evaluate(app):
-    grid = app.grid()
-    directory = app.run(grid, opt_in_probability=0.0)
-    assert MessageType.EVALUATE not in {m.metadata.message_type for m in grid.sent}
-    for row in results(directory)[1:]:
-        assert (row["query_received"], row["opted_in"], row["evaluate_received"]) == (5, 0, 0)
-        assert row["federated_evaluate_accuracy"] is None
-        assert row["federated_evaluate_loss_std"] is None
-
-
-def test_opting_in_follows_its_probability(app):
-    grid = app.grid(num_nodes=24)
-    rows = results(app.run(grid, num_server_rounds=20, fraction_clients_train=0.01, opt_in_probability=0.3))[1:]
-    assert all(row["query_received"] == 24 for row in rows)
-    opted_in = [row["opted_in"] for row in rows]
-    assert 100 < sum(opted_in) < 190  # 480 answers: 144 ± 10
-    assert len(set(opted_in)) > 3  # each round anew
 
 
 # ------------------------------------------------------------------- Whom and when to ask
@@ -276,16 +193,6 @@ def test_the_federated_evaluation_comes_every_so_many_rounds(app):
         assert row["seconds_total"] > 0
 
 
-def test_the_plot_copes_with_rounds_without_evaluation(app, monkeypatch):
-    rows = results(app.run(num_server_rounds=3, evaluate_every=2, opt_in_probability=1.0))
-    monkeypatch.undo()  # the real plot
-    figure = utils.plot_results(rows, FACTS, server_app.SCORE)
-    (line,) = [line for line in figure.axes[0].lines if line.get_label().startswith("federated mean")]
-    assert list(line.get_xdata()) == [2, 3]
-    never = utils.plot_results(rows[:1], FACTS, server_app.SCORE)
-    assert [len(line.get_xdata()) for line in never.axes[0].lines[:2]] == [1, 0]
-
-
 # ------------------------------------------------------------------------------ Deadlines
 
 
@@ -294,7 +201,7 @@ def test_a_long_central_evaluation_costs_no_node_its_place(app, monkeypatch):
     real, central = task.test, images.load_test_split(typed_config(dataset=app.config()["dataset"]))
 
     def slow(net, data, *args):
-        time.sleep(1.5 if data is central and grid.sent else 0)  # not in round 0
+        time.sleep(1.0 if data is central and grid.sent else 0)  # not in round 0
         return real(net, data, *args)
 
     config = app.config(num_server_rounds=1, query_timeout=0.15, opt_in_probability=1.0, train_timeout=60.0)
@@ -304,7 +211,7 @@ def test_a_long_central_evaluation_costs_no_node_its_place(app, monkeypatch):
     assert (row["query_sent"], row["query_received"], row["opted_in"], row["evaluate_received"]) == (5, 3, 3, 3)
     asked = {grid.partition(m.metadata.dst_node_id) for m in by_round(grid, MessageType.EVALUATE)[1]}
     assert asked == {0, 2, 3}
-    assert row["seconds_central"] >= 1.5
+    assert row["seconds_central"] >= 1.0
     assert row["seconds_query"] < 1
 
 
@@ -319,21 +226,6 @@ def test_too_few_nodes_end_a_run_before_the_first_round(app):
     assert grid.sent == []
 
 
-def test_enough_nodes_that_come_and_go_do_not_hold_up_a_run(app):
-    grid = app.grid()
-    grid.simulated = False
-    everyone = list(grid.contexts)
-    nodes = grid.get_nodes
-
-    def churn():
-        grid.connected = set(everyone[: 4 + len(grid.connected) % 2])  # 4 and 5 in turn
-        return nodes()
-
-    grid.get_nodes = churn
-    rows = results(app.run(grid, node_wait_timeout=0.1, num_server_rounds=1))
-    assert rows[1]["nodes_available"] in (4, 5)
-
-
 def test_nodes_that_register_while_the_run_starts_take_part(app):
     grid = app.grid()
     everyone = sorted(grid.contexts, key=grid.partition)
@@ -345,20 +237,8 @@ def test_nodes_that_register_while_the_run_starts_take_part(app):
         return nodes()
 
     grid.get_nodes = register
-    assert [row["nodes_available"] for row in results(app.run(grid))[1:]] == [5, 5]
-
-
-def test_nodes_that_register_after_round_1_take_part(app):
-    grid = app.grid()
-    late = next(i for i in grid.contexts if grid.partition(i) == 4)
-    grid.connected.discard(late)
-
-    def register(messages):
-        if messages[0].metadata.message_type == MessageType.EVALUATE:
-            grid.connected.add(late)
-
-    grid.before_push = register
-    assert [row["nodes_available"] for row in results(app.run(grid, opt_in_probability=1.0))[1:]] == [4, 5]
+    assert [row["nodes_available"] for row in results(app.run(grid, opt_in_probability=0.0))[1:]] == [5, 5]
+    assert MessageType.EVALUATE not in {m.metadata.message_type for m in grid.sent}
 
 
 # ------------------------------------------------------- Flower's own strategy, and its tutorial
@@ -382,11 +262,8 @@ def tutorial_client_app() -> ClientApp:
     def train(msg, context):
         net = task.make_model(FACTS)
         net.load_state_dict(msg.content["arrays"].to_torch_state_dict())
-        optimizer = torch.optim.Adam(net.parameters(), lr=msg.content["config"]["lr"])
-        loss = torch.nn.functional.cross_entropy(net(torch.ones(8, 1, 28, 28)), torch.ones(8, dtype=torch.long))
-        loss.backward()
-        optimizer.step()
-        metrics = MetricRecord({"train_loss": loss.item(), "num-examples": 8})
+        nn.init.constant_(net.fc2.bias, msg.content["config"]["lr"])
+        metrics = MetricRecord({"train_loss": 0.5, "num-examples": 8})
         return Message(RecordDict({"arrays": ArrayRecord(net.state_dict()), "metrics": metrics}), reply_to=msg)
 
     @app.evaluate()
@@ -399,6 +276,8 @@ def tutorial_client_app() -> ClientApp:
 
 def test_this_server_app_drives_the_client_app_of_the_tutorial(app):
     grid = InProcessGrid(tutorial_client_app(), app.config(), 5)
-    rows = results(app.run(grid))[1:]
+    directory = app.run(grid)
+    rows = results(directory)[1:]
     assert [row["train_received"] for row in rows] == [3, 3]
     assert [(row["query_sent"], row["query_received"], row["opted_in"]) for row in rows] == [(5, 0, 0)] * 2
+    torch.testing.assert_close(model(directory)["fc2.bias"], torch.full((10,), 0.05))

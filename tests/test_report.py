@@ -5,10 +5,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 
 from pytorch_example_low_level import server_app, utils
 from pytorch_example_low_level.config import RunConfig
-from tests.conftest import results
+from tests.conftest import lines_of, results
 from tests.grid import make_context
 from tests.test_utils import SCORE, recorder
 from tests.wandb_files import expected_history, history_of, own, records_of, wandb_folder
@@ -39,21 +40,21 @@ def test_the_plot_shows_the_curves_and_leaves_out_what_is_null():
         centralized_accuracy_per_class=[[0.5]] * 4,
     )
     left, middle, right, _ = utils.plot_results(rows, {}, SCORE).axes
-    assert [axes.get_xlabel() for axes in (left, middle, right)] == ["round"] * 3
-    assert (left.get_ylabel(), middle.get_ylabel()) == ("accuracy", "loss")
-    assert [axes.get_title() for axes in (left, middle, right)] == [
-        "Accuracy", "Loss", "Accuracy per class"
-    ]  # fmt: skip
-    curves = [[line.get_xdata().tolist(), line.get_ydata().tolist()] for line in left.lines]
-    assert curves == [
+    names = [(axes.get_title(), axes.get_xlabel(), axes.get_ylabel()) for axes in (left, middle)]
+    assert names == [("Accuracy", "round", "accuracy"), ("Loss", "round", "loss")]
+    assert right.get_title() == "Accuracy per class"
+
+    def curves(axes) -> list:
+        return [[line.get_xdata().tolist(), line.get_ydata().tolist()] for line in axes.lines]
+
+    assert curves(left) == [
         [[0, 1, 2, 3], [0.0, 0.1, 0.2, 0.3]],
         [[2, 3], [0.5, 0.6]],
         [[2, 3], [0.3, 0.2]],
         [[2, 3], [0.4, 0.5]],
         [[2, 3], [0.45, 0.55]],
     ]
-    curves = [[line.get_xdata().tolist(), line.get_ydata().tolist()] for line in middle.lines]
-    assert curves == [[[0, 2, 3], [2.0, 1.0, 0.5]], [[2, 3], [1.5, 1.25]]]
+    assert curves(middle) == [[[0, 2, 3], [2.0, 1.0, 0.5]], [[2, 3], [1.5, 1.25]]]
     bands = [axes.collections[0].get_paths()[0].get_extents() for axes in (left, middle)]
     assert [[*band.intervalx, *band.intervaly] for band in bands] == [
         pytest.approx([2, 3, 0.4, 0.8]),
@@ -94,23 +95,20 @@ def test_the_plot_shows_each_metric_the_score_first():
     assert len(figure.axes[0].lines) == 5
     figure.savefig(io.BytesIO())
     utils.plot_results([], {}, "auc").savefig(io.BytesIO())
+    facts = {"shape": [1, 2], "names": ["a", "b"]}
+    assert utils.element_names([0.5, 0.5], facts) == ["a", "b"]  # the only fact that fits
+    assert utils.element_names([0.5, 0.5], facts | {"others": ["c", "d"]}) == ["0", "1"]
 
 
 def test_long_names_are_cut_and_missing_characters_cost_no_page_of_warnings(tmp_path, recwarn):
     one = recorder(tmp_path, model={}, results=rows_with(centralized_accuracy_per_class=[[0.5, 1.0]] * 2))
     one.facts = {"names": ["a name that is much too long", "\U0001f600\u4e2d"]}
     one.draw()
-    assert (tmp_path / "metrics.png").stat().st_size > 10_000
+    with Image.open(tmp_path / "metrics.png") as picture:
+        assert (picture.format, picture.size) == ("PNG", (1920, 540))
     assert not [warning for warning in recwarn if "missing from" in str(warning.message)]
     axes = utils.plot_results(one.state.results, one.facts, SCORE).axes[2]
     assert [text.get_text() for text in axes.get_yticklabels()] == ["a name that is much ", "\U0001f600\u4e2d"]
-
-
-def test_a_list_has_the_names_of_the_only_fact_that_fits():
-    facts = {"shape": [1, 2], "names": ["a", "b"]}
-    assert utils.element_names([0.5, 0.5], facts) == ["a", "b"]
-    assert utils.element_names([0.5, 0.5], facts | {"others": ["c", "d"]}) == ["0", "1"]
-    assert utils.element_names([0.5] * 3, facts) == ["0", "1", "2"]
 
 
 def test_the_plot_is_drawn_while_a_run_goes_on(tmp_path, monkeypatch):
@@ -129,28 +127,6 @@ def test_the_plot_is_drawn_while_a_run_goes_on(tmp_path, monkeypatch):
         one.commit(utils.new_row([], server_round))
     assert drawn == [(pytest.approx(31), 2, ["a", "b"]), (pytest.approx(61.5), 4, ["a", "b"])]
     assert (tmp_path / "metrics.png").read_bytes() == b"picture"
-
-
-def test_the_file_of_the_plot_is_a_picture(tmp_path):
-    from PIL import Image
-
-    one = recorder(tmp_path, model={}, results=rows_with(centralized_accuracy=[0.1, 0.2]))
-    one.draw()
-    with Image.open(tmp_path / "metrics.png") as picture:
-        assert picture.format == "PNG"
-        assert picture.size == (1920, 540)
-
-
-def test_a_plot_that_fails_is_a_warning(tmp_path, monkeypatch, caplog):
-    def fail(*args):
-        raise MemoryError("no memory\nat all")
-
-    monkeypatch.setattr(utils, "plot_results", fail)
-    recorder(tmp_path, model={}).close()
-    assert [r.getMessage() for r in caplog.records] == [
-        "The plot failed; the run continues without it: no memory at all"
-    ]
-    assert not (tmp_path / "metrics.png").exists()
 
 
 # ----------------------------------------------------------------------- Weights & Biases
@@ -195,21 +171,14 @@ def test_wandb_gets_each_round_that_it_lacks_once(tmp_path):
     assert logged == [(2, 2, True), (3, 3, True)]
 
 
-@pytest.mark.parametrize(
-    ("folder", "said"),
-    [
-        ("/plain/wandb", "W&B is offline. To upload this run later: wandb sync /plain/wandb"),
-        ("/with space/wandb", "W&B is offline. To upload this run later: wandb sync '/with space/wandb'"),
-    ],
-)
-def test_the_command_that_uploads_a_run_can_be_pasted(app, monkeypatch, caplog, folder, said):
+def test_the_command_that_uploads_a_run_can_be_pasted(app, monkeypatch, caplog):
     import wandb
 
     caplog.set_level("INFO", logger="flwr")
-    run = SimpleNamespace(dir=f"{folder}/files", disabled=False, offline=True)
+    run = SimpleNamespace(dir="/with space/wandb/files", disabled=False, offline=True)
     monkeypatch.setattr(wandb, "init", lambda **kwargs: run)
-    utils.start_wandb(RunConfig.from_context(make_context(app.config())), Path(folder), "")
-    assert caplog.messages == [f"📈 {said}"]
+    utils.start_wandb(RunConfig.from_context(make_context(app.config())), Path("/with space"), "")
+    assert caplog.messages == ["📈 W&B is offline. To upload this run later: wandb sync '/with space/wandb'"]
 
 
 def test_a_disabled_wandb_is_called_disabled(app, quick_plot, monkeypatch, caplog):
@@ -274,27 +243,27 @@ def test_a_failure_of_wandb_is_said_once_and_never_stops_a_run(app, quick_plot, 
 def test_a_failure_while_closing_does_not_hide_what_ended_the_run(app, monkeypatch, caplog, closing):
     exit_codes = []
 
+    def failing(error: Exception):
+        def fail(*args):
+            raise error
+
+        return fail
+
     def finish(exit_code):
         exit_codes.append(exit_code)
         if closing == "fails":
             raise BrokenPipeError("W&B is gone")
 
-    def crash(*args):
-        raise RuntimeError("crash")
-
-    def fail_to_plot(*args):
-        raise ValueError("no fonts")
-
     run = SimpleNamespace(id="abc", step=1000, summary={}, log_artifact=lambda artifact: None, finish=finish)
     monkeypatch.setattr(utils, "start_wandb", lambda *args: run)
-    monkeypatch.setattr(server_app, "evaluate", crash)
+    monkeypatch.setattr(server_app, "evaluate", failing(RuntimeError("crash")))
     if closing == "fails":
-        monkeypatch.setattr(utils, "plot_results", fail_to_plot)
+        monkeypatch.setattr(utils, "plot_results", failing(MemoryError("no memory\nat all")))
     with pytest.raises(RuntimeError, match="crash"):
         app.run(use_wandb=True)
     assert exit_codes == [1]
-    said = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
-    assert len(said) == (2 if closing == "fails" else 0)
+    parts = {"The plot": "no memory at all", "📈 W&B": "W&B is gone"} if closing == "fails" else {}
+    assert lines_of(caplog) == [f"{part} failed; the run continues without it: {why}" for part, why in parts.items()]
     directory = app.latest()
     assert [row["round"] for row in results(directory)] == [0]
     assert (directory / "metrics.png").exists() == (closing == "works")

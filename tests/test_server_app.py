@@ -5,9 +5,11 @@ import logging
 import math
 import os
 import tracemalloc
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pytorch_example_low_level import server_app, task, utils
-from pytorch_example_low_level.config import RunConfig, UserError
+from pytorch_example_low_level.config import UserError
 from pytorch_example_low_level.messaging import MAX_EXAMPLES, MAX_WAITING, Mailbox, Node, connected_nodes
 from pytorch_example_low_level.server_app import (
     collect_opt_ins,
@@ -28,19 +30,9 @@ from pytorch_example_low_level.server_app import (
     train,
     wait_for_nodes,
     weighted_mean,
-    weighted_mean_std,
 )
-from tests.conftest import same_bits
-from tests.grid import InProcessGrid, make_context, run_config
-
-
-def config_with(**overrides) -> RunConfig:
-    return RunConfig.from_context(make_context(run_config(**overrides)))
-
-
-def info(caplog) -> list[str]:
-    return [r.message for r in caplog.records if r.levelname == "INFO"]
-
+from tests.conftest import lines_of, same_bits
+from tests.grid import InProcessGrid, run_config, typed_config
 
 # ---------------------------------------------------------------------------------- Nodes
 
@@ -58,79 +50,73 @@ class Registering(InProcessGrid):
         return [node for node in super().get_nodes() if self.partition(node.node_id) < count]
 
 
+@pytest.fixture
+def slept(monkeypatch) -> list[float]:
+    """The pauses of the server, on a clock that only they move, with the real time to settle."""
+    pauses: list[float] = []
+    monkeypatch.undo()
+    monkeypatch.setattr(server_app, "time", SimpleNamespace(monotonic=lambda: sum(pauses), sleep=pauses.append))
+    return pauses
+
+
 def wait(grid, before=None, *, resumed=True, **overrides) -> int:
-    nodes = wait_for_nodes(grid, config_with(**overrides), before, (), resumed=resumed)
+    nodes = wait_for_nodes(grid, typed_config(**overrides), before, (), resumed=resumed)
     assert [grid.partition(node.node_id) for node in nodes] == list(range(len(nodes)))
     return len(nodes)
 
 
-def test_waits_until_no_more_nodes_register():
-    assert wait(Registering(0, 0, 2, 7, 9, 10, 10, 11)) == 10
+@pytest.mark.parametrize(
+    ("counts", "least", "expected"), [((0, 0, 2, 7, 9, 10, 10, 11), 2, 10), ((3, 3, 3, 6, 6), 5, 6)]
+)
+def test_waits_for_the_least_number_and_until_no_more_nodes_register(counts, least, expected):
+    assert wait(Registering(*counts), min_available_nodes=least) == expected
 
 
-def test_waits_for_the_least_number_of_nodes():
-    assert wait(Registering(3, 3, 3, 6, 6), min_available_nodes=5) == 6
+def test_enough_nodes_that_come_and_go_do_not_hold_up_a_run():
+    assert wait(Registering(*[4, 5] * 100, simulated=False), node_wait_timeout=0.1) in (4, 5)
 
 
-def test_waits_as_long_as_it_takes_to_settle(monkeypatch):
-    monkeypatch.undo()  # the real constant
-    slept = []
-    monkeypatch.setattr(server_app, "time", SimpleNamespace(monotonic=lambda: 0, sleep=slept.append))
+def test_waits_as_long_as_it_takes_to_settle(slept):
     assert wait(Registering(2, 4, 4)) == 4
     assert slept == [0.5, 0.5]
     assert wait(Registering(2, 2), node_wait_timeout=0.2) == 2
     assert slept[2:] == [0.2]
 
 
-def test_the_number_of_the_last_round_needs_no_wait(monkeypatch):
-    monkeypatch.setattr(server_app, "time", SimpleNamespace(monotonic=lambda: 0))  # has no sleep
+def test_the_number_of_the_last_round_needs_no_wait(slept):
     assert wait(Registering(5), before=5, resumed=False) == 5
+    assert slept == []
 
 
-def test_a_resumed_run_waits_for_its_number_to_stand_still():
-    with pytest.raises(UserError, match=r"The data is split for 5 simulated nodes, and now there are 10\."):
-        wait(Registering(5, 10, 10), before=5)
-
-
-def test_too_few_nodes_are_one_clear_error(monkeypatch):
-    now = 0.0
-
-    def sleep(seconds):
-        nonlocal now
-        now += seconds
-
-    monkeypatch.setattr(server_app, "time", SimpleNamespace(monotonic=lambda: now, sleep=sleep))
-    monkeypatch.setattr(server_app, "SETTLE", 0.5)
+def test_too_few_nodes_are_one_clear_error(slept):
     said = r"Connected nodes after 12 s: 1; min-available-nodes is 2\. Start more nodes, or change"
     with pytest.raises(UserError, match=said):
         wait(Registering(1), node_wait_timeout=12.0)
-    assert 12 <= now <= 12.5
+    assert 12 <= sum(slept) <= 12.5
 
 
-def test_waiting_for_nodes_is_logged_every_five_seconds(monkeypatch, caplog):
+def test_waiting_for_nodes_is_logged_every_five_seconds(slept, caplog):
     caplog.set_level("INFO", logger="flwr")
-    slept = [0.0]
-    monkeypatch.setattr(server_app, "SETTLE", 0.5)
-    monkeypatch.setattr(server_app, "time", SimpleNamespace(monotonic=lambda: sum(slept), sleep=slept.append))
     assert wait(Registering(*[1] * 24, 3, 3), min_available_nodes=3, node_wait_timeout=20) == 3
-    assert info(caplog) == [f"Waiting for nodes: 1/3, {left} s left" for left in (19, 14, 9)]
+    assert lines_of(caplog, "INFO") == [f"Waiting for nodes: 1/3, {left} s left" for left in (19, 14, 9)]
 
 
-def test_a_simulation_resumed_with_other_nodes_is_refused():
-    for before, now in ((4, 5), (6, 5)):
-        said = rf'The data is split for {before} simulated nodes, and now there are {now}\..* "num-supernodes={before} '
-        with pytest.raises(UserError, match=said):
-            wait(Registering(now), before=before)
+@pytest.mark.parametrize(("counts", "before"), [((5,), 4), ((5,), 6), ((5, 10, 10), 5)])
+def test_a_simulation_resumed_with_other_nodes_is_refused(counts, before):
+    """Once the number stands still."""
+    said = rf'split for {before} simulated nodes, and now there are {counts[-1]}\..* "num-supernodes={before} '
+    with pytest.raises(UserError, match=said):
+        wait(Registering(*counts), before=before)
 
 
 def test_a_simulation_has_a_node_for_each_site():
     names = ["east", "north", "south"]
-    nodes = wait_for_nodes(Registering(3), config_with(), None, names, resumed=False)
+    nodes = wait_for_nodes(Registering(3), typed_config(), None, names, resumed=False)
     assert [node.name for node in nodes] == names
     said = r'split for 3 simulated nodes, and now there are 5\..*"num-supernodes=3 client-resources-num-cpus=1"'
     with pytest.raises(UserError, match=said):
-        wait_for_nodes(Registering(5), config_with(), None, names, resumed=False)
-    assert len(wait_for_nodes(Registering(5, simulated=False), config_with(), None, names, resumed=False)) == 5
+        wait_for_nodes(Registering(5), typed_config(), None, names, resumed=False)
+    assert len(wait_for_nodes(Registering(5, simulated=False), typed_config(), None, names, resumed=False)) == 5
 
 
 @pytest.mark.parametrize(("simulated", "resumed"), [(False, True), (False, False), (True, False)])
@@ -161,7 +147,7 @@ def nodes(count: int) -> list[Node]:
     [(0.2, 2, 50, 10), (0.01, 2, 50, 2), (1.0, 2, 50, 50), (0.5, 2, 5, 2), (0.29, 1, 100, 29), (0.1, 3, 2, 2)],
 )
 def test_the_size_of_the_cohort(fraction, least, available, expected):
-    config = config_with(fraction_clients_train=fraction, min_train_nodes=least, min_available_nodes=100)
+    config = typed_config(fraction_clients_train=fraction, min_train_nodes=least, min_available_nodes=100)
     cohort = sample_cohort(nodes(available), config, 1)
     assert len(set(cohort)) == len(cohort) == expected
 
@@ -170,13 +156,13 @@ def test_the_size_of_the_cohort(fraction, least, available, expected):
     ("fraction", "available", "expected"), [(1.0, 7, 7), (0.5, 7, 3), (0.01, 7, 1), (0.29, 100, 29)]
 )
 def test_the_number_of_nodes_that_are_asked(fraction, available, expected):
-    asked = sample_asked(nodes(available), config_with(fraction_clients_query=fraction), 1)
+    asked = sample_asked(nodes(available), typed_config(fraction_clients_query=fraction), 1)
     assert len(set(asked)) == len(asked) == expected
 
 
 @pytest.mark.parametrize("sample", [sample_cohort, sample_asked])
 def test_a_sample_is_uniform_and_of_seed_and_round_alone(sample):
-    config = config_with(fraction_clients_train=0.2, fraction_clients_query=0.2)
+    config = typed_config(fraction_clients_train=0.2, fraction_clients_query=0.2)
     everyone = nodes(50)
     drawn = [node.node_id - 1000 for r in range(1, 501) for node in sample(everyone, config, r)]
     counts = torch.tensor(drawn).bincount(minlength=50)
@@ -185,11 +171,11 @@ def test_a_sample_is_uniform_and_of_seed_and_round_alone(sample):
     third = sample(everyone, config, 3)
     assert third == sample(everyone, config, 3) == sorted(third, key=everyone.index)
     assert third != sample(everyone, config, 4)
-    assert third != sample(everyone, config_with(seed=43, fraction_clients_train=0.2, fraction_clients_query=0.2), 3)
+    assert third != sample(everyone, typed_config(seed=43, fraction_clients_train=0.2, fraction_clients_query=0.2), 3)
 
 
 def test_who_trains_says_nothing_about_who_is_asked():
-    config = config_with(fraction_clients_train=0.2, fraction_clients_query=0.2)
+    config = typed_config(fraction_clients_train=0.2, fraction_clients_query=0.2)
     everyone = nodes(50)
     both = sum(len({*sample_cohort(everyone, config, r)} & {*sample_asked(everyone, config, r)}) for r in range(500))
     assert 800 < both < 1200  # a fifth of a fifth of 50, 500 times
@@ -198,12 +184,22 @@ def test_who_trains_says_nothing_about_who_is_asked():
 # ---------------------------------------------------------------------------- Aggregation
 
 
-def test_the_mean_is_weighted_by_the_number_of_examples():
-    a, b = {"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([5.0, 10.0])}
-    mean = weighted_mean([(a, 1), (b, 3)], like=a)
-    assert mean["w"].tolist() == [4.0, 8.0]  # (1*1 + 3*5) / 4, (1*2 + 3*10) / 4
-    assert a["w"].tolist() == [1.0, 2.0]  # no reply is changed, or counted twice
-    assert b["w"].tolist() == [5.0, 10.0]
+@pytest.mark.parametrize(
+    ("dtype", "values", "weights", "expected"),
+    [
+        (torch.float32, [[1.0, 2.0], [5.0, 10.0]], [1, 3], [4.0, 8.0]),  # (1*1 + 3*5) / 4, (1*2 + 3*10) / 4
+        (torch.int64, [10, 20], [1, 2], 17),  # 50 / 3 = 16.67
+        # 256 + 1 is 256 in bfloat16: a sum kept in that type would never leave 256. And (256 + 255) / 256 is about 2.
+        (torch.bfloat16, [[256.0]] + [[1.0]] * 255, [1] * 256, [2.0]),
+        (torch.bool, [[True, False, True], [True, True, False]], [1, 3], [True, True, False]),  # what most say
+    ],
+)
+def test_the_mean_is_weighted_by_the_number_of_examples_and_keeps_the_dtype(dtype, values, weights, expected):
+    sent = torch.float32 if dtype == torch.bfloat16 else dtype  # NumPy, and so a message, has no bfloat16
+    replies = [{"w": torch.tensor(value, dtype=sent)} for value in values]
+    mean = weighted_mean(zip(replies, weights, strict=True), like={"w": torch.tensor(values[0], dtype=dtype)})
+    assert (mean["w"].dtype, mean["w"].tolist()) == (dtype, expected)
+    assert [reply["w"].tolist() for reply in replies] == values  # no reply is changed, or counted twice
 
 
 def test_a_cohort_of_one_comes_back_bit_by_bit():
@@ -217,35 +213,6 @@ def test_a_cohort_of_one_comes_back_bit_by_bit():
     mean = weighted_mean([(reply, 13)], like=model)
     assert same_bits(mean, model)
     assert mean["w"] is not model["w"]
-
-
-def test_no_reply_gives_no_mean():
-    assert weighted_mean([], like={"w": torch.zeros(2)}) is None
-
-
-def test_integer_buffers_keep_their_dtype_and_are_rounded():
-    like = torch.nn.BatchNorm1d(2).state_dict()
-    assert like["num_batches_tracked"].dtype == torch.int64
-    replies = [({**like, "num_batches_tracked": torch.tensor(n)}, w) for n, w in ((10, 1), (20, 2))]
-    mean = weighted_mean(replies, like=like)
-    assert mean["num_batches_tracked"].dtype == torch.int64
-    assert mean["num_batches_tracked"].item() == 17  # 50 / 3 = 16.67
-    assert mean["num_batches_tracked"].shape == ()
-
-
-def test_a_mask_becomes_what_most_examples_say():
-    masks = [torch.tensor([True, False, True]), torch.tensor([True, True, False])]
-    mean = weighted_mean([({"m": mask}, weight) for mask, weight in zip(masks, (1, 3), strict=True)], {"m": masks[0]})
-    assert mean["m"].tolist() == [True, True, False]
-
-
-def test_bfloat16_is_summed_exactly_and_rounded_once():
-    like = {"w": torch.zeros(1, dtype=torch.bfloat16)}
-    # 256 + 1 is 256 in bfloat16: a sum kept in that type would never leave 256.
-    replies = [({"w": torch.tensor([v])}, 1) for v in [256.0] + [1.0] * 255]
-    mean = weighted_mean(replies, like=like)
-    assert mean["w"].dtype == torch.bfloat16
-    assert mean["w"].item() == torch.tensor((256 + 255) / 256).to(torch.bfloat16).item()
 
 
 def test_a_mean_over_several_blocks_has_the_bits_of_the_whole():
@@ -282,27 +249,20 @@ def test_a_mean_has_no_temporary_of_the_models_size():
 
 
 def test_updates_are_added_one_by_one_and_never_held():
-    alive = 0
-    peak = 0
+    alive: weakref.WeakSet = weakref.WeakSet()
+    peaks = []
 
-    class Update(dict):
-        def __init__(self, value: float) -> None:
-            nonlocal alive, peak
-            super().__init__(w=torch.full((4,), value))
-            alive += 1
-            peak = max(peak, alive)
-
-        def __del__(self) -> None:
-            nonlocal alive
-            alive -= 1
-
-    def updates() -> Iterator[tuple[Update, int]]:
+    def updates() -> Iterator[tuple[dict[str, torch.Tensor], int]]:
         for value in range(50):
-            yield Update(float(value)), 2
+            model = {"w": torch.full((4,), float(value))}
+            alive.add(model["w"])
+            peaks.append(len(alive))
+            yield model, 2
+            del model
 
     mean = weighted_mean(updates(), like={"w": torch.zeros(4)})
     assert mean["w"].tolist() == [24.5] * 4
-    assert peak <= 2  # the one that is added, and the one that comes
+    assert max(peaks) <= 2  # the one that is added, and the one that comes
 
 
 # --------------------------------------------------------------------------- The phases
@@ -311,7 +271,7 @@ MODEL = {"w": torch.tensor([[1.0, 2.0], [3.0, -4.0]]), "d": torch.tensor([0.1, 0
 INSTRUCTIONS = {"server-round": 3, "lr": 0.25, "class-names": ["a", "b"]}
 CENTRAL = {"loss": 1.0, "accuracy": 0.5}
 KEYS = utils.result_keys(CENTRAL, server_app.SCORE)
-CONFIG = config_with(train_timeout=30.0, query_timeout=30.0, evaluate_timeout=30.0, query_max_delay=0.125)
+CONFIG = typed_config(train_timeout=30.0, query_timeout=30.0, evaluate_timeout=30.0, query_max_delay=0.125)
 
 
 def honest(msg: Message, context) -> Message:
@@ -346,7 +306,7 @@ def test_train_returns_model_loss_and_counts(grid, caplog):
     assert (model["w"].dtype, model["d"].dtype, model["n"].item()) == (torch.float32, torch.float64, 5)
     assert loss == pytest.approx(0.1 + (0 * 1 + 1 * 2 + 2 * 3) / 6)
     assert (batch.received, batch.failed, batch.rejected) == (3, 0, 0)
-    assert info(caplog) == ["📥 Received 3/3 results (TRAIN)"]
+    assert lines_of(caplog, "INFO") == ["📥 Received 3/3 results (TRAIN)"]
     (deadline,) = {m.content["config"]["deadline"] for m in grid.sent}
     assert dict(grid.sent[0].content["config"]) == INSTRUCTIONS | {"deadline": deadline}
     assert {m.metadata.group_id for m in grid.sent} == {"3"}
@@ -373,7 +333,8 @@ def test_opt_ins_are_those_that_say_so(grid, caplog):
     everyone = connected_nodes(grid)
     queries = send_queries(mailbox, everyone, 3, CONFIG)
     assert collect_opt_ins(mailbox, queries) == [everyone[0], everyone[2]]
-    assert info(caplog) == ["📨 Received 3/3 results (QUERY)", "✅ 2/3 nodes opted-in for evaluation (QUERY)"]
+    said = ["📨 Received 3/3 results (QUERY)", "✅ 2/3 nodes opted-in for evaluation (QUERY)"]
+    assert lines_of(caplog, "INFO") == said
     assert dict(grid.sent[0].content["config"]) == {
         "server-round": 3,
         "max-delay": 0.125,
@@ -407,7 +368,7 @@ def test_the_federated_figures_by_hand(grid, caplog):
         "federated_evaluate_accuracy_p10": 0.05,
         "federated_evaluate_accuracy_median": 0.25,
     })  # fmt: skip
-    assert info(caplog) == [
+    assert lines_of(caplog, "INFO") == [
         "📥 Received 3/3 results (EVALUATE)",
         "📊 Federated evaluation -> loss: 2.333±0.745 / accuracy: 0.333±0.186",
     ]
@@ -442,7 +403,7 @@ def test_a_further_metric_is_averaged_over_the_nodes_that_have_it(grid, caplog):
     assert row["federated_evaluate_f1_std"] == pytest.approx(
         [math.sqrt((1 * (5 / 6) ** 2 + 5 * (1 / 6) ** 2) / 6), 0.0]
     )
-    assert info(caplog)[-1].endswith("/ accuracy: 0.333±0.186 / auc: 0.875±0.217")
+    assert lines_of(caplog, "INFO")[-1].endswith("/ accuracy: 0.333±0.186 / auc: 0.875±0.217")
 
 
 @pytest.mark.parametrize(
@@ -452,18 +413,22 @@ def test_a_further_metric_is_averaged_over_the_nodes_that_have_it(grid, caplog):
         ({"eval_f1": [0.5, math.inf]}, "eval_f1 is inf, not a finite number"),
         ({"eval_auc": math.nan}, "eval_auc is nan, not a finite number"),
         ({"eval_auc": [0.5]}, "eval_auc is [0.5], not a finite number"),
+        ({"eval_acc": 1.0001}, "eval_acc is 1.0001, not between 0 and 1"),
+        ({"eval_acc": -0.1}, "eval_acc is -0.1, not between 0 and 1"),
+        ({"eval_acc": 0.0}, None),
+        ({"eval_acc": 1}, None),
     ],
 )
-def test_a_further_metric_that_is_impossible_is_rejected(grid, caplog, metrics, reason):
+def test_a_metric_that_is_impossible_is_rejected(grid, caplog, metrics, reason):
     def claims(msg, context):
-        wrong = MetricRecord({"eval_loss": 1.0, "eval_acc": 0.5, "num-examples": 1, **metrics})
-        return Message(RecordDict({"metrics": wrong}), reply_to=msg)
+        claimed = MetricRecord({"eval_loss": 1.0, "eval_acc": 0.5, "num-examples": 1, **metrics})
+        return Message(RecordDict({"metrics": claimed}), reply_to=msg)
 
     grid.handlers = {1: claims}
     central = CENTRAL | {"auc": 0.75, "f1": [0.5, None]}
-    reports, _ = evaluate(Mailbox(grid), connected_nodes(grid), MODEL, INSTRUCTIONS, central, CONFIG)
-    assert len(reports) == 2
-    assert reason in caplog.text
+    reports, row = evaluate(Mailbox(grid), connected_nodes(grid), MODEL, INSTRUCTIONS, central, CONFIG)
+    assert row["evaluate_received"] == len(reports) == (2 if reason else 3)
+    assert (reason or "") in caplog.text
 
 
 @pytest.mark.parametrize("nobody", [True, False])
@@ -477,19 +442,7 @@ def test_without_results_the_federated_figures_are_null(grid, caplog, nobody):
     assert {key: value for key, value in row.items() if value is not None} == {
         "evaluate_received": 0, "evaluate_failed": 0 if nobody else 3,
     }  # fmt: skip
-    assert info(caplog)[-1] == "📊 Federated evaluation -> no node took part"
-
-
-@pytest.mark.parametrize(("accuracy", "used"), [(0.0, True), (1, True), (1.0001, False), (-0.1, False)])
-def test_an_accuracy_is_between_0_and_1(grid, caplog, accuracy, used):
-    def claims(msg, context):
-        metrics = MetricRecord({"eval_loss": 1.0, "eval_acc": accuracy, "num-examples": 1})
-        return Message(RecordDict({"metrics": metrics}), reply_to=msg)
-
-    grid.handlers = {1: claims}
-    reports, row = evaluate(Mailbox(grid), connected_nodes(grid), MODEL, INSTRUCTIONS, CENTRAL, CONFIG)
-    assert row["evaluate_received"] == len(reports) == (3 if used else 2)
-    assert (f"eval_acc is {accuracy}, not between 0 and 1" in caplog.text) != used
+    assert lines_of(caplog, "INFO")[-1] == "📊 Federated evaluation -> no node took part"
 
 
 def test_a_central_figure_that_is_no_number_is_null(monkeypatch, caplog):
@@ -501,7 +454,7 @@ def test_a_central_figure_that_is_no_number_is_null(monkeypatch, caplog):
         assert evaluate_centrally(net, net.state_dict(), None, torch.device("cpu")) == {
             "loss": recorded, "accuracy": 0.25, "auc": None, "accuracy_per_class": [0.5, None, None],
         }  # fmt: skip
-    assert info(caplog)[-1] == "💡 Centrally evaluated model -> loss:  0.5000 /  accuracy:  0.2500"
+    assert lines_of(caplog, "INFO")[-1] == "💡 Centrally evaluated model -> loss:  0.5000 /  accuracy:  0.2500"
 
 
 def test_the_central_evaluation_is_of_the_model_it_is_given(monkeypatch):
@@ -517,54 +470,32 @@ def test_the_central_evaluation_is_of_the_model_it_is_given(monkeypatch):
 DEFAULTS = run_config()
 LIAR = 1  # of the nodes 0, 1 and 2
 HONEST = ArrayRecord(MODEL)
-SCALAR = st.one_of(
-    st.integers(-(2**63), 2**63 - 1), st.floats(), st.sampled_from([1e308, -1e308, 1e38, 0, 0.5, 2**63 - 1])
+SCALAR = st.integers(-(2**63), 2**63 - 1) | st.floats() | st.sampled_from([1e308, -1e308, 1e38, 0, 0.5, 2**63 - 1])
+WORDS = st.text(max_size=40) | st.sampled_from(
+    ["\x1b[2J\x1b[31m", "a\nINFO : 🎉 all is well", "\u202e\u2066\u200f", "\x00\x07\r", "x" * 5000]
 )
-WORDS = st.one_of(
-    st.text(max_size=40),
-    st.sampled_from(["\x1b[2J\x1b[31m", "a\nINFO : 🎉 all is well", "\u202e\u2066\u200f", "\x00\x07\r", "x" * 5000]),
-)
-NUMBERS = st.one_of(SCALAR, st.lists(st.integers(-(2**63), 2**63 - 1), max_size=3), st.lists(st.floats(), max_size=3))
-SETTING = st.one_of(SCALAR, st.booleans(), WORDS, st.binary(max_size=20), st.lists(WORDS, max_size=3))
-HEADERS = st.sampled_from([
-    b"{[]: 1}", b"{'descr': '<f4", b"{'descr': '<f4', 'shape': (", b"(" * 3000, b"-" * 3000 + b"1", b"",
-    b"{'descr': '<f4', 'fortran_order': False, 'shape': (25000000000,), }\n",
-    b"{'descr': '|O', 'fortran_order': False, 'shape': (2, 2), }\n",
-])  # fmt: skip
+NUMBERS = SCALAR | st.lists(st.integers(-(2**63), 2**63 - 1), max_size=3) | st.lists(st.floats(), max_size=3)
+SETTING = SCALAR | st.booleans() | WORDS | st.binary(max_size=20) | st.lists(WORDS, max_size=3)
 
 
-def npy(header: bytes, version: int, values: bytes) -> bytes:
-    length = len(header).to_bytes(2 if version == 1 else 4, "little")
-    return b"\x93NUMPY" + bytes([version, 0]) + length + header + values
-
-
-def lies_about(name: str | None = None) -> st.SearchStrategy[Array]:
-    """Any array; with a name also one that differs little from the honest one."""
-    data = st.one_of(
-        st.binary(max_size=200), st.builds(npy, HEADERS, st.sampled_from([1, 2, 3]), st.binary(max_size=64))
-    )
-    dtypes = st.one_of(WORDS, st.sampled_from(["float32", "float64", "int64", "object", "<f4", "bfloat16"]))
-    shapes = st.lists(st.integers(-(2**63), 2**63 - 1), max_size=4).map(tuple)
-    stypes = st.one_of(WORDS, st.just("numpy.ndarray"))
-    if name is None:
-        return st.builds(Array, dtypes, shapes, stypes, data)
+def lies_about(name: str) -> st.SearchStrategy[Array]:
+    """Any array, or one that differs little from the honest one."""
     true = HONEST[name]
-    size = HONEST[name].numpy().nbytes
-    head = true.data[:-size]
-    data = st.one_of(
-        data,
-        st.binary(min_size=size, max_size=size).map(lambda values: head + values),  # any numbers
-        st.binary(min_size=len(head), max_size=len(head)).map(lambda header: header + true.data[-size:]),
-        HEADERS.map(lambda header: npy(header.ljust(len(head) - 10)[: len(head) - 10], 1, true.data[-size:])),
-    )
+    size = true.numpy().nbytes
+    head, values = true.data[:-size], true.data[-size:]
+    data = st.binary(max_size=200) | st.binary(min_size=len(head), max_size=len(head)).map(lambda h: h + values)
+    dtypes = WORDS | st.sampled_from(["float32", "float64", "int64", "object", "<f4", "bfloat16"])
+    shapes = st.lists(st.integers(-(2**63), 2**63 - 1), max_size=4).map(tuple)
+    any_numbers = st.binary(min_size=size, max_size=size).map(lambda v: head + v)
+    dtype, shape, stype = map(st.just, (true.dtype, true.shape, true.stype))
     return st.one_of(
-        st.builds(Array, st.just(true.dtype), st.just(true.shape), st.just(true.stype), data),
-        st.builds(Array, dtypes | st.just(true.dtype), shapes | st.just(true.shape), stypes, data | st.just(true.data)),
+        st.builds(Array, dtype, shape, stype, data | any_numbers),
+        st.builds(Array, dtypes | dtype, shapes | shape, WORDS | stype, data | st.just(true.data)),
     )
 
 
 def mostly(true: dict, lies: dict) -> st.SearchStrategy[dict]:
-    """The true entries, with one or more of them replaced, taken out or added to."""
+    """The true entries, with one or two of them replaced, taken out or added to."""
     names = st.lists(st.sampled_from(sorted(lies)), min_size=1, max_size=2, unique=True)
     missing = st.integers(0, 9).map(lambda number: number == 0)
     return names.flatmap(lambda chosen: st.tuples(missing, st.fixed_dictionaries({n: lies[n] for n in chosen}))).map(
@@ -572,43 +503,19 @@ def mostly(true: dict, lies: dict) -> st.SearchStrategy[dict]:
     )
 
 
-NEAR_ARRAYS = mostly(dict(HONEST), {name: lies_about(name) for name in HONEST} | {"more": lies_about()}).map(
-    ArrayRecord
-)
-ARRAYS = st.one_of(NEAR_ARRAYS, st.dictionaries(WORDS, lies_about(), max_size=3).map(ArrayRecord))
+ARRAYS = mostly(dict(HONEST), {name: lies_about(name) for name in HONEST} | {"more": lies_about("w")}).map(ArrayRecord)
 TRUE_METRICS = {"train_loss": 0.5, "eval_loss": 0.5, "eval_acc": 0.5, "eval_f1": [0.5, 1.0], "num-examples": 2}
 LIED_ABOUT = CENTRAL | {"f1": [0.5, 0.5]}
-NEAR_METRICS = mostly(TRUE_METRICS, dict.fromkeys([*TRUE_METRICS, "more"], NUMBERS)).map(MetricRecord)
+METRICS = mostly(TRUE_METRICS, dict.fromkeys([*TRUE_METRICS, "more"], NUMBERS)).map(MetricRecord)
 NO_LOSS = mostly(TRUE_METRICS, {"train_loss": NUMBERS}).map(MetricRecord)
-METRICS = st.one_of(NEAR_METRICS, NO_LOSS, st.dictionaries(WORDS, NUMBERS, max_size=3).map(MetricRecord))
 CONFIGS = st.dictionaries(WORDS | st.just("opt-in"), SETTING, max_size=3).map(ConfigRecord)
-ANY_RECORD = st.one_of(ARRAYS, METRICS, CONFIGS)
-TRUTH = {
-    "arrays": HONEST,
-    "metrics": MetricRecord(TRUE_METRICS),
-    "config": ConfigRecord({"opt-in": True}),
-}
-CONTENT = st.one_of(
-    mostly(TRUTH, {"arrays": NEAR_ARRAYS}),
-    mostly(TRUTH, {"metrics": NEAR_METRICS}),
-    mostly(TRUTH, {"metrics": NO_LOSS}),
-    mostly(TRUTH, {"config": CONFIGS}),
-    mostly(TRUTH, dict.fromkeys([*TRUTH, "more"], ANY_RECORD)),
-    st.dictionaries(WORDS, ANY_RECORD, max_size=3),
-).map(RecordDict)
-LIE = st.one_of(CONTENT, st.builds(Error, st.integers(0, 2**31 - 1), WORDS))
+ANY = ARRAYS | METRICS | CONFIGS
+TRUTH = {"arrays": HONEST, "metrics": MetricRecord(TRUE_METRICS), "config": ConfigRecord({"opt-in": True})}
+WRONG = [{"arrays": ARRAYS}, {"metrics": METRICS}, {"metrics": NO_LOSS}, {"config": CONFIGS}]
+WRONG.append(dict.fromkeys([*TRUTH, "more"], ANY))
+CONTENT = st.one_of(*(mostly(TRUTH, wrong) for wrong in WRONG), st.dictionaries(WORDS, ANY, max_size=3))
+LIE = CONTENT.map(RecordDict) | st.builds(Error, st.integers(0, 2**31 - 1), WORDS)
 LIES = st.fixed_dictionaries({MessageType.TRAIN: LIE, MessageType.QUERY: LIE, MessageType.EVALUATE: LIE})
-
-
-class Lines(logging.Handler):
-    """Collects what is logged."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
 
 
 def a_round(lies: dict) -> tuple[dict, dict, list[int], list[str]]:
@@ -617,21 +524,15 @@ def a_round(lies: dict) -> tuple[dict, dict, list[int], list[str]]:
     grid.handlers = {LIAR: lambda msg, context: Message(lies[msg.metadata.message_type], reply_to=msg)}
     mailbox = Mailbox(grid)
     everyone = connected_nodes(grid)
-    log, lines = logging.getLogger("flwr"), Lines()
-    level, propagate, handlers = log.level, log.propagate, log.handlers[:]
-    log.handlers[:], log.propagate = [lines], False
-    log.setLevel("INFO")
-    try:
+    lines: list[str] = []
+    with mock.patch.object(logging.getLogger("flwr"), "handle", lambda record: lines.append(record.getMessage())):
         batch, model, loss = train(mailbox, everyone, MODEL, INSTRUCTIONS, CONFIG)
-        lines.lines.insert(0, batch.log_faults())
+        lines.insert(0, batch.log_faults())
         opted_in = collect_opt_ins(mailbox, send_queries(mailbox, everyone, 3, CONFIG))
         reports, figures = evaluate(mailbox, everyone, MODEL, INSTRUCTIONS, LIED_ABOUT, CONFIG)
-    finally:
-        log.handlers[:], log.propagate = handlers, propagate
-        log.setLevel(level)
     row = {"train_loss": loss, "train_received": batch.received, "reports": reports, **figures}
     assert batch.received + batch.failed + batch.rejected == 3
-    return row, model, [grid.partition(node.node_id) for node in opted_in], lines.lines
+    return row, model, [grid.partition(node.node_id) for node in opted_in], lines
 
 
 NO = Error(code=0, reason="no")
@@ -676,7 +577,7 @@ def test_no_lie_ends_a_round_or_spoils_its_figures():
     seen: Counter[str] = Counter()
 
     @settings(
-        max_examples=int(os.environ.get("EXAMPLES", "500")),
+        max_examples=int(os.environ.get("EXAMPLES", "200")),
         derandomize="EXAMPLES" not in os.environ,  # the suite tells the same lies every time
         deadline=None,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example],
@@ -725,8 +626,3 @@ def test_the_time_left_is_that_of_the_median_round_after_the_first():
     assert server_app.time_summary(rows, rounds_left=0).endswith("about 0:00:00 left")
     rows[1] |= {"seconds_nodes": 1.0, "seconds_train": 19.0, "seconds_central": 0.0}
     assert server_app.time_summary(rows[:2], rounds_left=3).endswith("about 0:01:00 left")
-
-
-def test_mean_and_standard_deviation_are_weighted():
-    assert weighted_mean_std([1.0, 3.0], [1, 3]) == (2.5, pytest.approx(0.75**0.5))
-    assert weighted_mean_std([4.0], [7]) == (4.0, 0.0)
