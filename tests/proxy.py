@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from types import TracebackType
 
 from deploy.keys import HOST
+from deploy.local_federation import Federation
 
 CHUNK = 16_384  # bytes
 
@@ -102,3 +103,25 @@ class Proxy:
                 writer.write(item[1])
                 await writer.drain()
             writer.close()
+
+
+class ProxiedFederation(Federation):
+    """A federation whose nodes reach the SuperLink through proxies."""
+
+    def __enter__(self) -> ProxiedFederation:
+        with ExitStack() as stack:
+            self.proxies = [stack.enter_context(Proxy(self.port)) for _ in range(self.num_nodes)]
+            super().__enter__()
+            self.close_proxies = stack.pop_all().close
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        super().__exit__(*args)
+        self.close_proxies()
+
+    def start_supernode(self, index: int) -> None:
+        port, self.port = self.port, self.proxies[index].port
+        try:
+            super().start_supernode(index)
+        finally:
+            self.port = port

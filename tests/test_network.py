@@ -10,14 +10,12 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 
 import pytest
 
 from benchmarks.simulation import AppCli, FinishedRun
 from deploy.cli import wait_for
-from deploy.local_federation import Federation
-from tests.proxy import Proxy
+from tests.proxy import ProxiedFederation
 
 pytestmark = [pytest.mark.network, pytest.mark.e2e, pytest.mark.timeout(900)]
 NODES = 3
@@ -34,28 +32,6 @@ SETTINGS = {
     "node_wait_timeout": 240.0,
     "use_wandb": False,
 }
-
-
-class ProxiedFederation(Federation):
-    """A federation whose nodes reach the SuperLink through proxies."""
-
-    def __enter__(self) -> "ProxiedFederation":
-        with ExitStack() as stack:
-            self.proxies = [stack.enter_context(Proxy(self.port)) for _ in range(self.num_nodes)]
-            super().__enter__()
-            self.close_proxies = stack.pop_all().close
-        return self
-
-    def __exit__(self, *args: object) -> None:
-        super().__exit__(*args)
-        self.close_proxies()
-
-    def start_supernode(self, index: int) -> None:
-        port, self.port = self.port, self.proxies[index].port
-        try:
-            super().start_supernode(index)
-        finally:
-            self.port = port
 
 
 @pytest.fixture(scope="module")
