@@ -274,16 +274,6 @@ def test_a_node_numbers_its_classes_as_the_server_does(tmp_path, monkeypatch, me
 
 
 @BOTH
-def test_a_node_with_an_unknown_class_names_both(tmp_path, message_type):
-    path = own_data(tmp_path, ["cow", "dog"], [0, 1] * 5)
-    content = instructions(task.Net(1, 3), server_round=1, lr=0.1, class_names=CLASSES)
-    reason = ask(run_config(), message_type, content, data_path=path).error.reason
-    assert reason.startswith(
-        "this node's classes are ['cow', 'dog'], and the server's are ['ant', 'bee', 'cow']: ['dog']"
-    )
-
-
-@BOTH
 def test_a_message_without_a_model_is_not_said_to_have_another_one(settings, message_type):
     content = instructions(task.Net(1, 10), server_round=1, lr=0.1)
     content["weights"] = content.pop("arrays")

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import tempfile
 import time
-import zipfile
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -18,9 +17,8 @@ import pytest
 import torch
 from PIL import Image
 
-import recipes
 from benchmarks.simulation import FinishedRun, LocalSuperLink, copy_app
-from deploy.cli import BIN, PROJECT, FlowerCli, free_port, start, stop, users_of, wait_for
+from deploy.cli import BIN, FlowerCli, free_port, start, stop, users_of, wait_for
 from tests.conftest import App, alive, model, results, same_bits
 from tests.wandb_files import wandb_rounds
 
@@ -174,36 +172,6 @@ def test_late_answers_do_not_hold_up_the_evaluation(late):
     assert "ERROR" not in run.log
 
 
-def test_a_run_on_the_superlink_of_another_copy_does_not_train_that_copys_code(tmp_path, tiny_dataset):
-    first, second = copy_app(tmp_path / "first"), copy_app(tmp_path / "second")
-    task = second / "pytorch_example_low_level" / "task.py"
-    task.write_text(task.read_text() + "\n\nCHANGED = True\n")
-    with LocalSuperLink(first) as superlink:  # it is started in the first copy
-        run = superlink.run(app=second, **SETTINGS | ONE_WORKER | {"dataset": tiny_dataset, "nodes": 2})
-    assert run.status == "finished:failed", run.log
-    there = re.escape(str(first / "pytorch_example_low_level"))
-    said = (
-        r"No node can train: 2 nodes \(partition 0, partition 1\) \(train\): this node runs other code than the "
-        rf"server: the node [0-9a-f]{{16}} in {there}, the server [0-9a-f]{{16}} in /.*: stop it, and"
-    )
-    assert re.search(said, run.log), run.log
-    assert [row["round"] for row in run.results] == [0]
-
-
-# ------------------------------------------------------------------- What is learned
-
-
-def test_another_task_runs_with_flowers_engine(tmp_path):
-    app = copy_app(tmp_path / "app")
-    recipes.apply("tabular", app)
-    settings = {"nodes": 4, "num_server_rounds": 2, "fraction_clients_train": 0.5, "query_timeout": 60.0}
-    with LocalSuperLink(app) as superlink:  # the nodes import the app from the directory of the SuperLink
-        run = superlink.run(app=app, use_wandb=False, query_max_delay=0.0, **settings, **ONE_WORKER)
-    assert run.status == "finished:completed", run.log
-    assert [row["train_received"] for row in run.results] == [None, 2, 2]
-    assert run.results[2]["centralized_auc"] > 0.9
-
-
 TUTORIAL = """
 
 class Tutorial(nn.Module):
@@ -223,43 +191,27 @@ def make_model(facts):
 """
 
 
-def test_the_network_of_flowers_tutorial_learns_colour_images(tmp_path):
-    app, data = copy_app(tmp_path / "app"), tmp_path / "data"
-    task = app / "pytorch_example_low_level" / "task.py"
+def test_another_network_learns_colour_images_and_another_copys_superlink_is_refused(tmp_path, tiny_dataset):
+    first, second, data = copy_app(tmp_path / "first"), copy_app(tmp_path / "second"), tmp_path / "data"
+    task = first / "pytorch_example_low_level" / "task.py"
     task.write_text(task.read_text() + TUTORIAL)
     for number in range(60):
         path = data / ("test" if number % 3 == 0 else "train") / f"{number // 3 % 10}" / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (32, 32), (number, 99, 255 - number)).save(path)
     settings = {"nodes": 2, "num_server_rounds": 1, "fraction_clients_train": 1.0, "partitioner": "iid"}
-    with LocalSuperLink(app) as superlink:
-        run = superlink.run(app=app, dataset=str(data), use_wandb=False, **settings, **ONE_WORKER)
+    with LocalSuperLink(first) as superlink:  # it is started in the first copy
+        run = superlink.run(app=first, dataset=str(data), use_wandb=False, **settings, **ONE_WORKER)
+        refused = superlink.run(app=second, dataset=tiny_dataset, use_wandb=False, **settings, **ONE_WORKER)
     assert run.status == "finished:completed", run.log
     assert run.results[1]["train_received"] == 2
     assert "class folders; images: 20 test, 40 train; 10 classes (0, 1, 2, 3, 4, 5, 6, 7, 8, 9); 32x32 RGB" in run.log
 
-
-# ------------------------------------------------------------------------------- Package
-
-
-def test_the_fab_holds_the_app_readme_and_licence_and_nothing_else(tmp_path):
-    subprocess.run([BIN / "flwr", "build", "--app", PROJECT], cwd=tmp_path, check=True, capture_output=True)
-    (fab,) = tmp_path.glob("*.fab")
-    with zipfile.ZipFile(fab) as archive:
-        names = {name for name in archive.namelist() if not name.startswith(".info/")}
-        assert names == {"pyproject.toml", "README.md", "LICENSE"} | {
-            f"pytorch_example_low_level/{m}.py"
-            for m in (
-                "__init__",
-                "client_app",
-                "config",
-                "images",
-                "messaging",
-                "pixels",
-                "server_app",
-                "task",
-                "utils",
-            )
-        }
-        assert max(info.file_size for info in archive.infolist()) < 1_000_000  # the limit for publishing
-    assert fab.stat().st_size < 10_000_000
+    assert refused.status == "finished:failed", refused.log
+    there = re.escape(str(first / "pytorch_example_low_level"))
+    said = (
+        r"No node can train: 2 nodes \(partition 0, partition 1\) \(train\): this node runs other code than the "
+        rf"server: the node [0-9a-f]{{16}} in {there}, the server [0-9a-f]{{16}} in /.*: stop it, and"
+    )
+    assert re.search(said, refused.log), refused.log
+    assert [row["round"] for row in refused.results] == [0]

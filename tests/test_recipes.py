@@ -110,12 +110,6 @@ def test_another_model_trains(try_out, recipe, count):
         assert done.model["bn1.num_batches_tracked"] > 0
 
 
-@pytest.mark.parametrize("recipe", ["resnet18", "transformer"])
-def test_another_model_takes_six_lines(recipe):
-    (block,) = RECIPES[recipe]
-    assert len([line for line in block.text.splitlines() if line.strip()]) <= 6
-
-
 # ------------------------------------------------------------------------- 2. Your own images
 
 
@@ -138,14 +132,7 @@ def animals(tmp_path) -> Path:
     fill(tmp_path / "animals" / "train", list(levels), 20)
     fill(tmp_path / "animals" / "test", list(levels), 5)
     fill(tmp_path / "node", ["cat", "bee"], 10)  # no ants
-    fill(tmp_path / "zoo", ["cat", "dog"], 10)  # dogs are nothing that the server knows
     return tmp_path
-
-
-def test_a_folder_of_class_folders(try_out, animals):
-    done = try_out(changed_app(), dataset=str(animals / "animals"), num_server_rounds=5, local_epochs=3)
-    assert json.loads((done.directory / "run_config.json").read_text())["class-names"] == ["ant", "bee", "cat"]
-    assert done.rows[-1]["centralized_accuracy"] > 0.9
 
 
 def test_a_node_that_lacks_classes(try_out, animals):
@@ -159,16 +146,6 @@ def test_a_node_that_lacks_classes(try_out, animals):
     ants, bees, cats = done.rows[-1]["centralized_accuracy_per_class"]
     assert (ants, bees, cats) == (0.0, 1.0, 1.0)
     assert done.rows[-1]["federated_evaluate_accuracy"] == 1.0
-
-
-def test_a_class_that_the_server_lacks_is_named(try_out, animals, caplog):
-    app = changed_app()
-    grid = InProcessGrid(app.client_app.app, {}, 3)
-    for context in list(grid.contexts.values())[:1]:
-        context.node_config["data-path"] = str(animals / "zoo")
-    done = try_out(app, grid, dataset=str(animals / "animals"), fraction_clients_train=1.0)
-    assert [(row["train_received"], row["train_failed"]) for row in done.rows[1:]] == [(2, 1), (2, 1)]
-    assert "['dog'] is not among them" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
@@ -199,17 +176,6 @@ def block(recipe: str) -> str:
     import re
 
     return re.search(rf"<!-- {recipe}: -->\n```python\n(.*?)```", TEXT, re.DOTALL).group(1)
-
-
-# ------------------------------------------------------------- 3. Start from a trained model
-
-
-def test_start_from_a_trained_model(try_out):
-    first = try_out(changed_app())
-    path = str(first.directory / "final_model.pt")
-    second = try_out(changed_app(), initial_model=path, num_server_rounds=1)
-    assert second.rows[0]["centralized_loss"] == first.rows[-1]["centralized_loss"]
-    assert json.loads((second.directory / "run_config.json").read_text())["initial-model"] == path
 
 
 def test_a_new_last_layer_on_an_old_body(try_out, tmp_path, monkeypatch):
@@ -287,13 +253,6 @@ def test_the_first_of_the_cohort_make_the_round(try_out, caplog):
     assert sum(row["seconds_train"] for row in slow.rows[1:]) > 999
     assert sum(row["seconds_train"] for row in quick.rows[1:]) < 5
     assert "left out" not in caplog.text.split("Starting round")[-1]
-
-
-def test_the_first_of_the_cohort_may_be_fewer(try_out):
-    app = changed_app("first-k")
-    done = try_out(app, PacedGrid(app, app.defaults, [1.0, 1.0, 900.0, 900.0]), fraction_clients_train=1.0)
-    assert [row["train_received"] for row in done.rows[1:]] == [2, 2]
-    assert [row["train_failed"] for row in done.rows[1:]] == [2, 2]
 
 
 # ----------------------------------------------------- 7. Buffered asynchronous rounds
@@ -600,7 +559,7 @@ def test_every_recipe_has_a_test():
 def test_a_recipe_is_a_few_lines(recipe):
     code = [line for block in RECIPES[recipe] for line in block.text.splitlines()]
     changed = [line for line in code if line.strip() and line[0] not in "-@"]
-    assert len(changed) <= (120 if recipe in ("tabular", "text") else 50)
+    assert len(changed) <= {"tabular": 120, "text": 120, "resnet18": 6, "transformer": 6}.get(recipe, 50)
     assert max(map(len, code)) <= 121  # a line of the app, and a sign
 
 
@@ -627,13 +586,10 @@ def command(*args: object) -> subprocess.CompletedProcess:
 
 
 def test_the_command_that_applies_a_recipe(copy):
+    assert {line.split()[0] for line in command("--list").stdout.splitlines()} == RECIPES.keys()
     assert command("fedprox", copy).returncode == 0
     assert "proximal-mu = 0.01" in (copy / "pyproject.toml").read_text()
     assert "config.proximal_mu" in (copy / "pytorch_example_low_level" / "task.py").read_text()
-
-
-def test_the_command_lists_all_recipes():
-    assert {line.split()[0] for line in command("--list").stdout.splitlines()} == RECIPES.keys()
 
 
 def test_a_recipe_that_does_not_fit_changes_nothing(copy):
