@@ -29,12 +29,9 @@ def evaluate_nodes(directory: Path, nodes: int) -> tuple[np.ndarray, np.ndarray,
     net.load_state_dict(torch.load(directory / "final_model.pt", weights_only=True))
     keys = {field.alias for field in RunConfig.model_fields.values()}
     settings = RunConfig.model_validate({key: value for key, value in config.items() if key in keys})
-    accuracies, sizes = np.zeros(nodes), np.zeros(nodes)
-    for node in range(nodes):
-        validation = images.load_partition(node, nodes, settings)["validation"]
-        accuracies[node] = task.test(net, validation, torch.device("cpu"))["accuracy"]
-        sizes[node] = len(validation)
-    return accuracies, sizes, config
+    splits = [images.load_partition(node, nodes, settings)["validation"] for node in range(nodes)]
+    accuracies = [task.test(net, split, torch.device("cpu"))["accuracy"] for split in splits]
+    return np.array(accuracies), np.array([len(split) for split in splits], dtype=float), config
 
 
 def main() -> None:

@@ -10,22 +10,24 @@ from __future__ import annotations
 import multiprocessing
 import os
 import time
-import tomllib
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import Context, RecordDict
 from torch import nn
 
-from deploy.cli import PROJECT
 from pytorch_example_low_level import images, task
 from pytorch_example_low_level.config import Purpose, RunConfig, random_stream
 from pytorch_example_low_level.messaging import Node
 from pytorch_example_low_level.server_app import sample_asked, sample_cohort
+from tests.grid import typed_config
 
 WORKERS = os.cpu_count() or 1
+QUARTERS = 4  # of the test split, so that the workers can share it
+
+prepared: dict[Any, Any] = {}  # in a worker: what all pieces of work need, and the data of each
 
 
 @dataclass(frozen=True)
@@ -54,9 +56,8 @@ class Setting:
 
     def config(self) -> RunConfig:
         """Return the app's configuration."""
-        defaults = tomllib.loads((PROJECT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
-        changed = {key.replace("_", "-"): value for key, value in self.run_config().items()}
-        return RunConfig.from_context(Context(0, 0, {}, RecordDict(), defaults | changed))
+        config: RunConfig = typed_config(**self.run_config())
+        return config
 
     def messages(self) -> dict[str, Any]:
         """Return the settings of the engine's app: how many messages of each kind it exchanges."""
@@ -84,69 +85,49 @@ def cohorts(setting: Setting, rounds: int) -> list[list[tuple[str, int]]]:
         return bool(chance < config.opt_in_probability)
 
     return [
-        [("train", node.node_id) for node in sample_cohort(nodes, config, server_round)]
-        + [("test", quarter) for quarter in range(4)]  # so that the workers can share it
-        + [
-            ("validation", n.node_id)
-            for n in sample_asked(nodes, config, server_round)
-            if opts_in(server_round, n.node_id)
-        ]
-        for server_round in range(1, rounds + 1)
+        [("train", node.node_id) for node in sample_cohort(nodes, config, number)]
+        + [("test", quarter) for quarter in range(QUARTERS)]
+        + [("validation", n.node_id) for n in sample_asked(nodes, config, number) if opts_in(number, n.node_id)]
+        for number in range(1, rounds + 1)
     ]
 
 
-def floor_worker(mine: Any, shared: Any, done: Any, setting: Setting) -> None:
-    """Prepare the tensors of a round; then do pieces of its work for as long as there are any."""
+def prepare(setting: Setting, pieces: list[tuple[str, int]], barrier: Any) -> None:
+    """Load the tensors of all pieces in a worker; return when all workers have."""
     torch.set_num_threads(1)
-    config, cpu = setting.config(), torch.device("cpu")
+    config = setting.config()
     test_split = images.load_test_split(config)
-    quarters = np.array_split(np.arange(len(test_split)), 4)
-
-    def split(part: str, number: int) -> images.Split:
+    prepared.update(config=config, width=setting.width, facts=test_split.facts)
+    for part, number in pieces:
         if part == "test":
-            rows = quarters[number]
-            return images.Split(test_split.images[rows], test_split.labels[rows], test_split.class_names)
-        return images.load_partition(number, setting.nodes, config)[part]
+            rows = np.array_split(np.arange(len(test_split)), QUARTERS)[number]
+            data = images.Split(test_split.images[rows], test_split.labels[rows], test_split.class_names)
+        else:
+            data = images.load_partition(number, setting.nodes, config)[part]
+        prepared[part, number] = data
+    barrier.wait()
 
-    def model() -> nn.Module:
-        net = task.make_model(test_split.facts)
-        if setting.width != 128:
-            classes = len(test_split.class_names)
-            net.fc1, net.fc2 = nn.Linear(32 * 4 * 4, setting.width), nn.Linear(setting.width, classes)
-        return net
 
-    while (pieces := mine.get()) is not None:
-        data = {piece: split(*piece) for piece in pieces}
-        done.put("prepared")
-        while (piece := shared.get()) is not None:
-            if piece[0] == "train":
-                task.train(model(), data[piece], config, lr=0.01, seed=1, device=cpu)
-            else:
-                task.test(model(), data[piece], cpu)
-        done.put("worked")
+def work(piece: tuple[str, int]) -> None:
+    """Train or test a new model on the data of a piece."""
+    facts, width, cpu = prepared["facts"], prepared["width"], torch.device("cpu")
+    net = task.make_model(facts)
+    if width != 128:
+        net.fc1, net.fc2 = nn.Linear(32 * 4 * 4, width), nn.Linear(width, len(facts["class-names"]))
+    if piece[0] == "train":
+        task.train(net, prepared[piece], prepared["config"], lr=0.01, seed=1, device=cpu)
+    else:
+        task.test(net, prepared[piece], cpu)
 
 
 def measure_floor(setting: Setting, rounds: int) -> list[float]:
     """Return the seconds of the bare work of each round after the first, in WORKERS processes."""
-    context = multiprocessing.get_context("spawn")
-    shared, done, own = context.Queue(), context.Queue(), [context.Queue() for _ in range(WORKERS)]
-    workers = [context.Process(target=floor_worker, args=(mine, shared, done, setting)) for mine in own]
-    for worker in workers:
-        worker.start()
+    work_of_rounds, context = cohorts(setting, rounds), multiprocessing.get_context("spawn")
+    everything = sorted({piece for pieces in work_of_rounds for piece in pieces})
     seconds = []
-    for pieces in cohorts(setting, rounds):
-        for mine in own:
-            mine.put(pieces)
-        for _ in workers:
-            done.get()
-        started = time.monotonic()
-        for piece in [*pieces, *[None] * WORKERS]:
-            shared.put(piece)
-        for _ in workers:
-            done.get()
-        seconds.append(time.monotonic() - started)
-    for mine in own:
-        mine.put(None)
-    for worker in workers:
-        worker.join()
-    return seconds[1:]  # in the first, PyTorch still chooses its kernels
+    with ProcessPoolExecutor(WORKERS, context, prepare, (setting, everything, context.Barrier(WORKERS))) as pool:
+        for pieces in work_of_rounds:
+            started = time.monotonic()
+            list(pool.map(work, pieces))
+            seconds.append(time.monotonic() - started)
+    return seconds[1:]  # in the first, the workers load data, and PyTorch still chooses its kernels

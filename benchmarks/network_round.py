@@ -10,6 +10,7 @@ from sending a reply to having fetched it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import re
@@ -18,8 +19,9 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.simulation import AppCli, copy_app
 from deploy.cli import PROJECT, command_of, family, interrupted_by_signals
@@ -58,38 +60,41 @@ def look_figures(log: str, sent: Mapping[int, Sequence[float]]) -> dict[str, flo
     return figures | {"from sending a reply to having fetched it, s (maximum)": max(itertools.chain(*delays.values()))}
 
 
-class Watch(threading.Thread):
-    """Notes how long the processes of the SuperNodes' messages live, and when their replies are sent."""
+def round_figures(rows: Sequence[Mapping[str, Any]], seen: Sequence[tuple[float, float]]) -> dict[str, float]:
+    """Return the seconds of a round and its phases, and how long the processes lived that were seen."""
+    figures = {"s per round": statistics.median(row["seconds_total"] for row in rows)}
+    figures |= {f"s in {p.upper()}": statistics.median(row[f"seconds_{p}"] for row in rows) for p in PHASES}
+    lives = [last - first for first, last in seen]
+    return figures | {"life of the process that answers a message, s": statistics.median(lives)}
 
-    def __init__(self, federation: Federation) -> None:
-        super().__init__(daemon=True)
-        self._federation, self._ended = federation, threading.Event()
-        self._seen: dict[int, tuple[float, float]] = {}
-        self._sent: dict[int, list[float]] = {index: [] for index in federation.supernodes}
 
-    def run(self) -> None:
+@contextlib.contextmanager
+def watching(federation: Federation) -> Iterator[tuple[dict[int, tuple[float, float]], dict[int, list[float]]]]:
+    """Note when the process of each message was first and last seen, and when each node had sent its replies."""
+    seen: dict[int, tuple[float, float]] = {}  # by process id
+    sent: dict[int, list[float]] = {}  # by node id
+    ended = threading.Event()
+
+    def watch() -> None:
         """Look for sent replies twenty times a second, and for processes now and then: that takes longer."""
         for turn in itertools.count():
-            if self._ended.wait(0.05):
+            if ended.wait(0.05):
                 break
             now = time.monotonic()
-            for index, process in self._federation.supernodes.items():
-                count = self._log(index).count("Sent successfully")
-                self._sent[index] += [now] * (count - len(self._sent[index]))
+            for index, process in federation.supernodes.items():
+                log = (federation.state / f"node-{index}.log").read_text()
+                if found := re.search(r"SuperNode ID: (\d+)", log):
+                    times = sent.setdefault(int(found.group(1)), [])
+                    times += [now] * (log.count("Sent successfully") - len(times))
                 for each in family(process.pid) if turn % 8 == 0 else ():
                     if "flwr-clientapp" in command_of(each):
-                        self._seen[each.pid] = (self._seen.get(each.pid, (now, now))[0], now)
+                        seen[each.pid] = (seen.get(each.pid, (now, now))[0], now)
 
-    def results(self) -> tuple[list[float], dict[int, list[float]]]:
-        """End the watch; return the processes' lives (seconds), and when each node had sent its replies."""
-        self._ended.set()
-        self.join()
-        ids = {index: re.search(r"SuperNode ID: (\d+)", self._log(index)) for index in self._sent}
-        sent = {int(found.group(1)): self._sent[index] for index, found in ids.items() if found}
-        return [last - first for first, last in self._seen.values()], sent
-
-    def _log(self, index: int) -> str:
-        return (self._federation.state / f"node-{index}.log").read_text()
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    yield seen, sent
+    ended.set()
+    thread.join()
 
 
 def main() -> None:
@@ -105,24 +110,16 @@ def main() -> None:
     }  # fmt: skip
 
     with tempfile.TemporaryDirectory() as name, Federation(Path(name) / "federation", args.nodes) as federation:
-        watch = Watch(federation)
-        watch.start()
-        lines = []
-        flwr = AppCli(federation.flwr.home)
-        for line in flwr.log_of(app=timed_app(Path(name) / "app"), **settings):
-            lines.append(line)
-            if "LOOK" not in line and "PICKED" not in line:
-                print(line, end="", flush=True)
-        lifetimes, sent = watch.results()
+        flwr, lines = AppCli(federation.flwr.home), []
+        with watching(federation) as (seen, sent):
+            for line in flwr.log_of(app=timed_app(Path(name) / "app"), **settings):
+                lines.append(line)
+                if "LOOK" not in line and "PICKED" not in line:
+                    print(line, end="", flush=True)
         run = flwr.finished("".join(lines))
         if run.status != "finished:completed":
             raise SystemExit(f"the run ended with {run.status}")
-        rows, looks = run.results[2:], look_figures(run.log, sent)
-
-    figures = {f"s in {p.upper()}": statistics.median(row[f"seconds_{p}"] for row in rows) for p in PHASES}
-    figures = {"s per round": statistics.median(row["seconds_total"] for row in rows)} | figures
-    figures["life of the process that answers a message, s"] = statistics.median(lifetimes)
-    figures |= looks
+        figures = round_figures(run.results[2:], list(seen.values())) | look_figures(run.log, sent)
     print("\n| figure | |\n| --- | --- |")
     for key, value in figures.items():
         print(f"| {key} | {value:.2f} |")

@@ -129,9 +129,7 @@ def wild(app: Any) -> Callable[..., Any]:
         reply = app.client_app.app(message, context)
         if "arrays" in reply.content:
             rng, arrays = np.random.default_rng(0), reply.content["arrays"].to_torch_state_dict()
-            noisy = {
-                n: (tensor + torch.from_numpy(rng.normal(0, 1, tensor.shape))).float() for n, tensor in arrays.items()
-            }
+            noisy = {n: (t + torch.from_numpy(rng.normal(0, 1, t.shape))).float() for n, t in arrays.items()}
             reply.content["arrays"] = app.messaging.to_array_record(noisy)
         return reply
 

@@ -5,15 +5,14 @@ import dataclasses
 import io
 import json
 import logging
-import queue
 import re
 import runpy
 import shlex
 import sys
 import threading
 import time
-import types
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +23,9 @@ from benchmarks import federated_figure, floor, network_round, report, round_tim
 from benchmarks.federated_figure import evaluate_nodes
 from benchmarks.network_round import look_figures
 from benchmarks.simulation import FinishedRun
-from deploy import local_federation
 from deploy.cli import PROJECT
-from pytorch_example_low_level import client_app
 from tests.conftest import App, load_module, results
-from tests.grid import FACTS, InProcessGrid, TimedGrid, make_context
+from tests.grid import FACTS, InProcessGrid, make_context
 
 DOCS = "\n".join(p.read_text() for p in [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))])
 NODES = 5
@@ -127,14 +124,15 @@ def run_main(module, monkeypatch, *arguments: str) -> None:
     module.main()
 
 
-def test_the_federated_figure_prints_its_table(app, monkeypatch, capsys):
-    directory = app.run(num_server_rounds=1)
+def test_the_federated_figure_is_that_of_a_round_with_all_nodes(app, monkeypatch, capsys):
+    directory = app.run(opt_in_probability=1.0, num_server_rounds=1)
     for (named,) in commands("benchmarks.federated_figure"):
         assert named.startswith("outputs/")
     run_main(federated_figure, monkeypatch, str(directory), "--nodes", str(NODES))
     accuracies, sizes, _ = evaluate_nodes(directory, NODES)
-    everybody = f"| {np.average(accuracies, weights=sizes):.3f} | {accuracies.mean():.3f} |"
-    assert f"| all {NODES} nodes {everybody}" in capsys.readouterr().out
+    weighted = np.average(accuracies, weights=sizes)
+    assert weighted == pytest.approx(results(directory)[1]["federated_evaluate_accuracy"], abs=1e-12)
+    assert f"| all {NODES} nodes | {weighted:.3f} | {accuracies.mean():.3f} |" in capsys.readouterr().out
 
 
 @pytest.fixture
@@ -147,8 +145,8 @@ def small_round_time(superlink, short_sleeps, monkeypatch) -> None:
     monkeypatch.setattr(round_time, "LocalSuperLink", superlink)
     monkeypatch.setattr(round_time, "measure_floor", measure_floor)
     monkeypatch.setattr(round_time, "STARTS", 1)
-    threads = types.SimpleNamespace(Queue=queue.Queue, Process=threading.Thread)
-    monkeypatch.setattr(floor.multiprocessing, "get_context", lambda method: threads)
+    monkeypatch.setattr(floor.multiprocessing, "get_context", lambda method: threading)
+    monkeypatch.setattr(floor, "ProcessPoolExecutor", lambda n, context, *init: ThreadPoolExecutor(n, "", *init))
 
 
 def test_the_round_time_prints_the_documented_figures(small_round_time, superlink, monkeypatch, tmp_path, capsys):
@@ -182,86 +180,10 @@ def test_the_law_is_a_straight_line_over_the_nodes():
     )
 
 
-def test_a_round_over_the_network_prints_the_documented_figures(superlink, monkeypatch, tmp_path, capsys):
-    """Each node has sent its reply after 0.25 s, and the ServerApp can have it 0.15 s later."""
-
-    class Grid(TimedGrid):
-        def push_messages(self, messages):
-            for message in messages:
-                log = tmp_path / f"node-{self.partition(message.metadata.dst_node_id)}.log"
-                threading.Timer(0.25, lambda log=log: log.write_text(log.read_text() + "Sent successfully\n")).start()
-            return super().push_messages(messages)
-
-    class Federation:
-        state, finished = tmp_path, superlink.finished
-
-        def __init__(self, state: Path, nodes: int) -> None:
-            config = superlink.app.config(query_timeout=10.0)
-            self.flwr = types.SimpleNamespace(home=self)
-            self.supernodes = {index: types.SimpleNamespace(pid=1000 + index) for index in range(nodes)}
-            self.grid = Grid([0.4] * nodes, client_app.app, config)
-            for node, context in self.grid.contexts.items():
-                (tmp_path / f"node-{self.grid.partition(context.node_id)}.log").write_text(f"SuperNode ID: {node}\n")
-
-        def __enter__(self) -> "Federation":
-            return self
-
-        def __exit__(self, *args: object) -> None: ...
-
-        def log_of(self, app: Path, **run_config) -> list[str]:
-            server = load_module(app / "pytorch_example_low_level" / "timed.py", "timed_server_app", monkeypatch)
-            assert "pytorch_example_low_level.timed:app" in (app / "pyproject.toml").read_text()
-            config = superlink.app.config(**run_config)
-            log = logged(lambda: server.main(self.grid, make_context(config)))
-            time.sleep(0.5)  # the watch looks once more
-            return log
-
-    monkeypatch.setattr(network_round, "Federation", Federation)
-    monkeypatch.setattr(network_round, "AppCli", lambda federation: federation)
-    process = types.SimpleNamespace(pid=1000, cmdline=lambda: ["flwr-clientapp"])
-    monkeypatch.setattr(network_round, "family", lambda pid: [process])
-    command = commands("benchmarks.network_round")[-1]
-    out = tmp_path / "network_round.json"
-    run_main(network_round, monkeypatch, *command, "--rounds", "2", "--out", str(out))
-    figures = json.loads(out.read_text())
-    assert list(figures) == documented("benchmarks.network_round")
-    shown = capsys.readouterr().out
-    assert all(f"| {key} | {value:.2f} |" in shown for key, value in figures.items())
-    assert figures["s in TRAIN"] >= 0.4
-    assert 0 < figures["from sending a reply to having fetched it, TRAIN, s (median)"] < 2
-
-
 def test_the_big_model_has_25_mb(monkeypatch, tmp_path):
     app = watched.big_app(tmp_path / "app")
     module = load_module(app / "pytorch_example_low_level" / "task.py", "big_task", monkeypatch)
     assert 25e6 < sum(p.numel() * 4 for p in module.make_model(FACTS).parameters()) < 25.5e6
-
-
-def test_the_local_federation_prints_its_command_and_ends_at_ctrl_c(monkeypatch, tmp_path, capsys):
-    ended = []
-
-    class Federation:
-        def __init__(self, state: Path, nodes: int, data: Path | None) -> None:
-            self.state, self.flwr, self.asked = state, types.SimpleNamespace(home=state / "flower"), (nodes, data)
-
-        def __enter__(self) -> "Federation":
-            return self
-
-        def __exit__(self, *args: object) -> None:
-            ended.append(self.asked)
-
-    def ctrl_c(seconds: float) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(local_federation, "Federation", Federation)
-    monkeypatch.setattr(local_federation.time, "sleep", ctrl_c)
-    (tmp_path / "partitions" / "node-2").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path)
-    for command in commands("deploy.local_federation"):
-        monkeypatch.setattr(sys, "argv", ["local_federation", *command])
-        local_federation.main()
-    assert set(ended) == {(3, None), (3, Path("partitions"))}
-    assert f"FLWR_HOME=federation/flower flwr run {PROJECT} --stream" in capsys.readouterr().out
 
 
 def test_the_floor_does_the_work_of_the_rounds_of_the_app(app):
@@ -279,15 +201,7 @@ def test_the_floor_does_the_work_of_the_rounds_of_the_app(app):
         assert [number for part, number in pieces if part == "test"] == [0, 1, 2, 3]
 
 
-def test_the_federated_figure_is_that_of_a_round_with_all_nodes(app):
-    directory = app.run(opt_in_probability=1.0, num_server_rounds=1)
-    accuracies, sizes, _ = evaluate_nodes(directory, 5)
-    assert np.average(accuracies, weights=sizes) == pytest.approx(
-        results(directory)[1]["federated_evaluate_accuracy"], abs=1e-12
-    )
-
-
-def test_replies_are_matched_with_what_their_node_had_sent():
+def test_a_round_over_a_network_has_the_documented_figures():
     log = """
     LOOK query 10.0
     LOOK query 10.2
@@ -301,6 +215,11 @@ def test_replies_are_matched_with_what_their_node_had_sent():
     PICKED evaluate 7 32.0
     """
     figures = look_figures(log, {7: [10.7, 31.0], 8: [10.9, 21.0]})
+    of_round = {f"seconds_{part}": 1.0 for part in ("total", "train", "query", "evaluate")}
+    all_figures = network_round.round_figures([of_round, of_round | {"seconds_train": 3.0}], [(5.0, 9.0)]) | figures
+    assert list(all_figures) == documented("benchmarks.network_round")
+    assert all_figures["s in TRAIN"] == 2.0
+    assert all_figures["life of the process that answers a message, s"] == 4.0
     # The gaps are 0.2 and 0.3 s in QUERY and 0.4 s in TRAIN.
     assert figures["from one look for replies to the next, s (median)"] == pytest.approx(0.3)
     assert figures["from sending a reply to having fetched it, QUERY, s (median)"] == pytest.approx(0.2)

@@ -92,8 +92,7 @@ def test_the_published_app_loads_up_to_its_images_which_it_takes_from_the_hub(fo
     said, error = done.stdout.split("error: ")
     loaded, text = said.splitlines()[:2]
     assert loaded == f"{folder / 'pytorch_example_low_level' / 'server_app.py'} ServerApp ClientApp", done.stderr
-    assert (
-        text == "The bundled images are not installed; taking zalando-datasets/fashion_mnist from the Hugging Face Hub"
-    )
-    for words in ("zalando-datasets/fashion_mnist", "`pip install .` in a clone of the app", "needs network"):
+    dataset = "zalando-datasets/fashion_mnist"
+    assert text == f"The bundled images are not installed; taking {dataset} from the Hugging Face Hub"
+    for words in (dataset, "`pip install .` in a clone of the app", "needs network"):
         assert words in error

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -28,8 +28,7 @@ SETTINGS: Any = SimpleNamespace(local_epochs=1, batch_size=32, momentum=0.9, log
 client = ClientApp()
 server = ServerApp()
 
-
-# ------------------------------------------------------------------------- The arithmetic
+# The app and its libraries are imported only where a setting asks for them.
 
 
 @cache
@@ -53,33 +52,14 @@ def model(arrays: ArrayRecord | None = None) -> nn.Module:
     return net
 
 
-def trained(arrays: ArrayRecord, count: int) -> ArrayRecord:
-    """Return the model after an epoch over random images."""
-    import torch
-
-    from pytorch_example_low_level import task
-
-    net = model(arrays)
-    task.train(net, images(count), SETTINGS, lr=0.01, seed=1, device=torch.device("cpu"))
-    return ArrayRecord(net.state_dict())
-
-
 def test(arrays: ArrayRecord, count: int) -> None:
-    """Test the model on random images."""
-    import torch
+    """Test the model on random images, if there are any."""
+    if count:
+        import torch
 
-    from pytorch_example_low_level import task
+        from pytorch_example_low_level import task
 
-    task.test(model(arrays), images(count), torch.device("cpu"))
-
-
-def mean(replies: Iterable[Message], like: ArrayRecord) -> ArrayRecord:
-    """Return the mean of the models in the replies."""
-    from pytorch_example_low_level.server_app import weighted_mean
-
-    updates = ((reply.content.array_records["arrays"].to_torch_state_dict(), 1) for reply in replies)
-    average = weighted_mean(updates, like.to_torch_state_dict())
-    return like if average is None else ArrayRecord(average)
+        task.test(model(arrays), images(count), torch.device("cpu"))
 
 
 @cache
@@ -95,20 +75,26 @@ def import_what_a_node_imports() -> None:
 
 @client.train()
 def train(msg: Message, context: Context) -> Message:
-    """Return the model, trained if there are images."""
+    """Return the model, trained for an epoch if there are images."""
     if context.run_config["imports"]:
         import_what_a_node_imports()
-    arrays, count = msg.content.array_records["arrays"], int(context.run_config["train-images"])
+    arrays = msg.content.array_records["arrays"]
+    if count := int(context.run_config["train-images"]):
+        import torch
+
+        from pytorch_example_low_level import task
+
+        net = model(arrays)
+        task.train(net, images(count), SETTINGS, lr=0.01, seed=1, device=torch.device("cpu"))
+        arrays = ArrayRecord(net.state_dict())
     metrics = MetricRecord({"train_loss": 1.0, "num-examples": 1})
-    content = RecordDict({"arrays": trained(arrays, count) if count else arrays, "metrics": metrics})
-    return Message(content, reply_to=msg)
+    return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=msg)
 
 
 @client.evaluate()
 def evaluate(msg: Message, context: Context) -> Message:
     """Test the model if there are images."""
-    if count := int(context.run_config["validation-images"]):
-        test(msg.content.array_records["arrays"], count)
+    test(msg.content.array_records["arrays"], int(context.run_config["validation-images"]))
     metrics = MetricRecord({"eval_loss": 1.0, "eval_acc": 1.0, "num-examples": 1})
     return Message(RecordDict({"metrics": metrics}), reply_to=msg)
 
@@ -143,11 +129,6 @@ def send_and_look(grid: Grid, messages: list[Message], meanwhile: Callable[[], N
         time.sleep(0.01)
 
 
-def sorted_sample(sample: Callable[..., list[int]], nodes: list[int], count: int) -> list[int]:
-    """Draw nodes, in their order."""
-    return [nodes[index] for index in sorted(sample(range(len(nodes)), count))]
-
-
 @server.main()
 def main(grid: Grid, context: Context) -> None:
     """Exchange the messages of the rounds, and print the seconds of each exchange."""
@@ -155,27 +136,30 @@ def main(grid: Grid, context: Context) -> None:
     if config["imports"]:
         import datasets  # noqa: F401
         import torch  # noqa: F401
-    count = config["test-images"]
-    if count:
+    if count := config["test-images"]:
         arrays = ArrayRecord(model().state_dict())
     else:  # as many arrays as the app's model has, and as many numbers
         values = np.zeros(config["parameters"] // 12, dtype=np.float32)
         arrays = ArrayRecord({f"{number}": Array(values) for number in range(12)})
 
-    def exchange(kind: str, nodes: list[int], meanwhile: Callable[[], None] = lambda: None) -> ArrayRecord:
+    def exchange(kind: str, nodes: int, meanwhile: Callable[[], None] = lambda: None) -> ArrayRecord:
+        """Exchange messages with so many nodes; return the mean of the models, or with no arithmetic the model."""
         started = time.monotonic()
         content = RecordDict({"config": ConfigRecord({"server-round": 1, "lr": 0.1})})
         if kind != MessageType.QUERY:
             content["arrays"] = arrays
-        messages = [Message(content, node, kind) for node in nodes]
+        messages = [Message(content, connected[index], kind) for index in sorted(sample(range(len(connected)), nodes))]
         by_flower = config["send-and-receive"]
         replies = grid.send_and_receive(messages) if by_flower else send_and_look(grid, messages, meanwhile)
+        result = arrays
         if count and kind == MessageType.TRAIN:
-            result = mean(replies, like=arrays)
+            from pytorch_example_low_level.server_app import weighted_mean
+
+            models = ((reply.content.array_records["arrays"].to_torch_state_dict(), 1) for reply in replies)
+            result = ArrayRecord(weighted_mean(models, arrays.to_torch_state_dict()) or {})
         else:
-            result = arrays
-            assert len(list(replies)) == len(nodes)
-        print(f"ENGINE {kind} {len(nodes)} {time.monotonic() - started:.6f}", flush=True)
+            assert len(list(replies)) == nodes
+        print(f"ENGINE {kind} {nodes} {time.monotonic() - started:.6f}", flush=True)
         return result
 
     connected: list[int] = []
@@ -183,8 +167,7 @@ def main(grid: Grid, context: Context) -> None:
         connected = connected_nodes(grid, last=len(connected))
         sample = random.Random(server_round).sample
         started = time.monotonic()
-        arrays = exchange(MessageType.TRAIN, sorted_sample(sample, connected, config["trained"]))
-        tested = partial(test, arrays, count) if count else lambda: None
-        exchange(MessageType.QUERY, sorted_sample(sample, connected, config["asked"]), tested)
-        exchange(MessageType.EVALUATE, sorted_sample(sample, connected, config["evaluated"]))
+        arrays = exchange(MessageType.TRAIN, config["trained"])
+        exchange(MessageType.QUERY, config["asked"], partial(test, arrays, count))
+        exchange(MessageType.EVALUATE, config["evaluated"])
         print(f"ENGINE round {len(connected)} {time.monotonic() - started:.6f}", flush=True)
