@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -56,9 +57,8 @@ class FlowerCli:
     def lines(self, *args: str) -> Iterator[str]:
         """Run `flwr` with these arguments and yield the lines of its output as they are printed."""
         out, err = subprocess.PIPE, subprocess.STDOUT
-        with subprocess.Popen(
-            ["flwr", *args], cwd=self.home, env=self.env, stdout=out, stderr=err, text=True
-        ) as process:
+        command = ["flwr", *args]
+        with subprocess.Popen(command, cwd=self.home, env=self.env, stdout=out, stderr=err, text=True) as process:
             try:
                 yield from process.stdout or ()
             finally:
@@ -69,15 +69,11 @@ def toml(values: Mapping[str, object]) -> str:
     """Write key-value pairs in the form that `--run-config` and `--node-config` take."""
 
     def literal(value: object) -> str:
-        if isinstance(value, bool):
-            return str(value).lower()
-        if not isinstance(value, str):
-            return str(value)
-        if "'" not in value:
-            return f"'{value}'"
-        if '"' in value:  # Flower's parser does not know escaped quotation marks
+        if not isinstance(value, str) or ("'" in value and '"' not in value):
+            return json.dumps(value, ensure_ascii=False)  # also valid in TOML
+        if "'" in value:  # Flower's parser does not know escaped quotation marks
             raise ValueError(f"a value with both kinds of quotation marks cannot be passed to Flower: {value}")
-        return '"' + value.replace("\\", "\\\\") + '"'
+        return f"'{value}'"
 
     return " ".join(f"{key}={literal(value)}" for key, value in values.items())
 
@@ -186,9 +182,9 @@ def users_of(file: Path) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):  # it has ended, or belongs to someone else
-            if any(each.path == str(file.resolve()) for each in process.open_files()):
+            if process.pid != os.getpid() and str(file.resolve()) in {each.path for each in process.open_files()}:
                 found.append(process)
-    return [process for process in found if process.pid != os.getpid()]
+    return found
 
 
 # ----------------------------------------------------------------------------------- Waiting
@@ -196,13 +192,13 @@ def users_of(file: Path) -> list[psutil.Process]:
 
 def free_port() -> int:
     """Return a TCP port that is not in use and that no earlier call has returned."""
-    while True:
+    port = 0
+    while not port or port in _ports:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
-            port: int = probe.getsockname()[1]
-        if port not in _ports:
-            _ports.add(port)
-            return port
+            port = int(probe.getsockname()[1])
+    _ports.add(port)
+    return port
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 90, pause: float = 0.2, late: str = "too late") -> None:

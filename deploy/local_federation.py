@@ -35,12 +35,11 @@ class Federation:
         self.state = state.absolute()
         self.num_nodes = nodes
         self.data = data.absolute() if data else None
-        for name in (f"node-{index}" for index in range(self.num_nodes)):
-            if self.data and not (self.data / name).is_dir():
-                raise FederationError(
-                    f"{self.data} has no folder {name}, but each of the {self.num_nodes} nodes needs its own; "
-                    "start fewer nodes, or create the folders with deploy.prepare_partitions"
-                )
+        if missing := [name for name in map("node-{}".format, range(nodes)) if data and not (data / name).is_dir()]:
+            raise FederationError(
+                f"{self.data} has no folder {missing[0]}, but each of the {nodes} nodes needs its own; "
+                "start fewer nodes, or create the folders with deploy.prepare_partitions"
+            )
         self.port = cli.free_port()
         self.flwr = cli.FlowerCli(self.state / "flower")
         self.certificates = self.state / "certificates"
@@ -75,8 +74,7 @@ class Federation:
         """Stop all processes."""
         with signals_held():
             cli.stop(*self.supernodes.values())  # first: they sign off from the SuperLink
-            if self.superlink is not None:
-                cli.stop(self.superlink)
+            cli.stop(*([self.superlink] if self.superlink else ()))
             if self._lock is not None:
                 os.close(self._lock)
                 self._lock = None
@@ -172,10 +170,9 @@ class Federation:
     def _write_flower_configuration(self) -> None:
         """Write the address of this SuperLink, whose port differs at each start, for the `flwr` command."""
         certificate = json.dumps(str(self.certificates / "ca.crt"), ensure_ascii=False)  # also valid in TOML
-        (self.flwr.home / "config.toml").write_text(
-            f'[superlink]\ndefault = "federation"\n\n[superlink.federation]\naddress = "{HOST}:{self.port}"\n'
-            f"root-certificates = {certificate}\n"
-        )
+        lines = ["[superlink]", 'default = "federation"', "[superlink.federation]"]
+        lines += [f'address = "{HOST}:{self.port}"', f"root-certificates = {certificate}"]
+        (self.flwr.home / "config.toml").write_text("\n".join(lines) + "\n")
 
 
 # ------------------------------------------------------------------------------ Command line
@@ -184,14 +181,13 @@ class Federation:
 def dataset_of(data: Path) -> str | None:
     """Return the data set that `deploy.prepare_partitions` has recorded, or None without a record."""
     path = data / cli.PARTITIONS
+    if not path.exists():
+        return None
     try:
         return str(json.loads(path.read_text())["dataset"])
-    except FileNotFoundError:
-        return None
     except (ValueError, KeyError, TypeError):
-        raise FederationError(
-            f"{path} has no valid record; create {data} again with deploy.prepare_partitions"
-        ) from None
+        said = f"{path} has no valid record; create {data} again with deploy.prepare_partitions"
+        raise FederationError(said) from None
 
 
 def run_command(home: Path, dataset: str | None) -> str:
@@ -206,9 +202,7 @@ def main() -> None:
     """Start a federation and keep it running until a signal stops it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nodes", type=int, default=3, help="number of SuperNodes (default: %(default)s)")
-    parser.add_argument(
-        "--state", type=Path, default=Path("federation"), help="folder for keys, logs, outputs and the database"
-    )
+    parser.add_argument("--state", type=Path, default=Path("federation"), help="folder for keys, logs and outputs")
     parser.add_argument("--data", type=Path, help="folder that deploy.prepare_partitions has written")
     args = parser.parse_args()
     if args.nodes < 1:
@@ -224,9 +218,7 @@ def main() -> None:
                         f"The command names no data set of the server, because {args.data} has no {cli.PARTITIONS}.\n"
                         "Add dataset='...' to --run-config unless the nodes' images are from the app's default one.\n"
                     )
-                print(
-                    f"Run directories are in {federation.state / 'outputs'}. Ctrl-C stops the federation.", flush=True
-                )
+                print(f"Run directories are in {federation.state}/outputs. Ctrl-C stops the federation.", flush=True)
                 while True:
                     time.sleep(1)
         except KeyboardInterrupt:

@@ -32,9 +32,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="new folder for the partitions")
     parser.add_argument("--dataset", default=BUNDLED, help="as in the run configuration (default: %(default)s)")
     parser.add_argument("--partitioner", choices=("dirichlet", "iid"), default="dirichlet")
-    parser.add_argument(
-        "--alpha", type=float, default=1.0, help="parameter of the Dirichlet distribution (default: %(default)s)"
-    )
+    parser.add_argument("--alpha", type=float, default=1.0, help="of dirichlet (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=42, help="seed of the partitioning (default: %(default)s)")
     args = parser.parse_args()
     if args.nodes < 1:
@@ -68,16 +66,10 @@ def write_partitions(out: Path, nodes: int, dataset: str, partitioner: str, alph
         print(f"{index + 1}/{nodes}: {len(chosen_rows)} images", flush=True)
     how = f"Dirichlet, α = {alpha:g}" if partitioner == "dirichlet" else "IID"
     plot_labels(out / "labels.png", partitions(config, nodes), f"Images of each class on {nodes} nodes ({how})")
-    # The names are those of the run configuration. A folder is recorded with its absolute path,
-    # because the ServerApp runs in another directory.
+    # The ServerApp runs in another directory, so a folder is recorded with its absolute path.
     folder = Path(dataset).expanduser()
-    record = {
-        "dataset": str(folder.resolve()) if dataset != BUNDLED and folder.is_dir() else dataset,
-        "partitioner": partitioner,
-        "dirichlet-alpha": alpha,
-        "seed": seed,
-        "num-partitions": nodes,
-    }
+    where = str(folder.resolve()) if dataset != BUNDLED and folder.is_dir() else dataset
+    record = chosen | {"dataset": where, "num-partitions": nodes}
     (out / PARTITIONS).write_text(json.dumps(record, indent=2) + "\n")
 
 
@@ -88,16 +80,10 @@ def plot_labels(path: Path, partitioning: Partitioner, title: str) -> None:
     mpl.use("Agg")
     from flwr_datasets.visualization import plot_label_distributions
 
+    style = {"plot_kwargs": {"width": 0.8}, "legend_kwargs": {"fontsize": 8}, "cmap": "tab10"}
+    size = (max(7.0, 0.22 * partitioning.num_partitions), 4.5)
     figure, axes, _ = plot_label_distributions(
-        partitioning,
-        "label",
-        legend=True,
-        verbose_labels=True,
-        cmap="tab10",
-        plot_kwargs={"width": 0.8},
-        legend_kwargs={"fontsize": 8},
-        title=title,
-        figsize=(max(7.0, 0.22 * partitioning.num_partitions), 4.5),
+        partitioning, "label", legend=True, verbose_labels=True, title=title, figsize=size, **style
     )
     axes.set(xlabel="partition", ylabel="images")
     axes.tick_params(axis="x", labelsize=7)
