@@ -120,6 +120,10 @@ def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
 
 
+def lines_of(caplog, level: str = "WARNING") -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelname == level]
+
+
 def alive(pids) -> set[int]:
     """Those of the processes that have not ended; a zombie has."""
     running = {each.pid for each in psutil.process_iter(["status"]) if each.info["status"] != psutil.STATUS_ZOMBIE}

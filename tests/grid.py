@@ -138,18 +138,24 @@ class TimedGrid(InProcessGrid):
         self.fetch = fetch
         self.pulled: list[str] = []
 
+    def time(self) -> float:
+        return time.time()
+
+    def done_at(self, message: Message, sent_at: float) -> float:
+        return sent_at + self.delays[self.partition(message.metadata.dst_node_id)]
+
     def push_messages(self, messages):
         messages = list(messages)
-        sent_at = time.time()
+        sent_at = self.time()
         ids = super().push_messages(messages)
         for message in messages:
-            delay = self.delays[self.partition(message.metadata.dst_node_id)]
+            done_at = self.done_at(message, sent_at)
             for reply in self.replies.get(message.metadata.message_id, []):
-                reply.metadata.created_at = sent_at + delay
+                reply.metadata.created_at = done_at
         return ids
 
     def pull_messages(self, message_ids):
-        now = time.time()
+        now = self.time()
         ready = [i for i in message_ids if i in self.replies and self.replies[i][0].metadata.created_at <= now]
         self.looks.append(list(message_ids))
         found = super().pull_messages(ready)

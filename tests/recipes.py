@@ -11,8 +11,10 @@ import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
+from flwr.app import Message
+
 from recipes import PACKAGE, apply
-from tests.grid import PROJECT, InProcessGrid, make_context
+from tests.grid import PROJECT, InProcessGrid, TimedGrid, make_context
 
 numbers = itertools.count()
 copies = tempfile.TemporaryDirectory(prefix="recipes-")  # goes when this process ends
@@ -49,7 +51,7 @@ def _load(folder: Path) -> SimpleNamespace:
     return SimpleNamespace(**loaded, defaults=defaults)
 
 
-class PacedGrid(InProcessGrid):
+class PacedGrid(TimedGrid):
     """Partition p takes `paces[p]` seconds for a TRAIN message, one message at a time.
 
     The seconds are those of a clock that only sleeping moves, so a run takes no longer than its
@@ -57,33 +59,25 @@ class PacedGrid(InProcessGrid):
     """
 
     def __init__(self, app: SimpleNamespace, config: dict, paces: list[float]) -> None:
-        super().__init__(app.client_app.app, config, len(paces))
-        self.paces = paces
+        super().__init__(paces, app.client_app.app, config)
         self.now = time.time()
         self.free_at: dict[int, float] = {}
-        self.clock = SimpleNamespace(time=lambda: self.now, monotonic=lambda: self.now, sleep=self.sleep)
+        self.clock = SimpleNamespace(time=self.time, monotonic=self.time, sleep=self.sleep)
         for module in (app.server_app, app.client_app, app.messaging, app.task, app.utils):
             if hasattr(module, "time"):
                 module.time = self.clock
 
+    def time(self) -> float:
+        return self.now
+
     def sleep(self, seconds: float) -> None:
         self.now += seconds
 
-    def push_messages(self, messages):
-        messages = list(messages)
-        ids = super().push_messages(messages)
-        for message in messages:
-            partition = self.partition(message.metadata.dst_node_id)
-            pace = self.paces[partition] if message.metadata.message_type == "train" else 0.0
-            done_at = max(self.now, self.free_at.get(partition, 0.0)) + pace
-            self.free_at[partition] = done_at
-            for reply in self.replies.get(message.metadata.message_id, []):
-                reply.metadata.created_at = done_at
-        return ids
-
-    def pull_messages(self, message_ids):
-        there = [i for i in message_ids if any(r.metadata.created_at <= self.now for r in self.replies.get(i, []))]
-        return super().pull_messages(there)
+    def done_at(self, message: Message, sent_at: float) -> float:
+        partition = self.partition(message.metadata.dst_node_id)
+        pace = self.delays[partition] if message.metadata.message_type == "train" else 0.0
+        self.free_at[partition] = max(sent_at, self.free_at.get(partition, 0.0)) + pace
+        return self.free_at[partition]
 
 
 def run(app: SimpleNamespace, config: dict, grid: InProcessGrid | None = None, num_nodes: int = 5) -> InProcessGrid:

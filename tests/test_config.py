@@ -24,7 +24,7 @@ from pytorch_example_low_level.config import (
     random_stream,
     source_digest,
 )
-from tests.grid import make_context, run_config
+from tests.grid import make_context, run_config, typed_config
 
 DEFAULTS = run_config()
 
@@ -89,12 +89,8 @@ LIMITS = {
 }
 
 
-def read(**overrides) -> RunConfig:
-    return RunConfig.from_context(make_context(DEFAULTS | {k.replace("_", "-"): v for k, v in overrides.items()}))
-
-
 def test_a_whole_number_may_stand_for_a_float():
-    rate = read(learning_rate=1).learning_rate
+    rate = typed_config(learning_rate=1).learning_rate
     assert rate == 1.0
     assert isinstance(rate, float)
 

@@ -36,14 +36,13 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 def local_federation(state: Path, *options: str) -> subprocess.Popen[str]:
     """Start the command in a state in which no signal is ignored, as under `nohup`, or in the background."""
     command = [sys.executable, "-m", "deploy.local_federation", "--nodes", "1", "--state", str(state), *options]
-    return subprocess.Popen(
-        command,
-        cwd=PROJECT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        preexec_fn=lambda: [signal.signal(each, signal.SIG_DFL) for each in STOP_SIGNALS],  # noqa: PLW1509 (it takes no lock)
-    )
+    out, err = subprocess.PIPE, subprocess.STDOUT
+
+    def defaults() -> None:
+        for each in STOP_SIGNALS:
+            signal.signal(each, signal.SIG_DFL)
+
+    return subprocess.Popen(command, cwd=PROJECT, stdout=out, stderr=err, text=True, preexec_fn=defaults)  # noqa: PLW1509 (it takes no lock)
 
 
 def read_until(process: subprocess.Popen[str], text: str) -> str:
@@ -149,15 +148,6 @@ def test_a_stop_signal_stops_everything_even_during_the_start(state, name):
 # ------------------------------------------------------------------------- Files and commands
 
 
-def test_nothing_that_exists_is_overwritten(tmp_path):
-    make_certificates(tmp_path / "certificates")
-    make_node_key(tmp_path / "node")
-    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    make_certificates(tmp_path / "certificates")
-    make_node_key(tmp_path / "node")
-    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
-
-
 def handshake(folder: Path, name: str) -> None:
     """A TLS connection in memory: the server has the certificate, and the client knows the CA and the name."""
     server_context, client_context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -187,6 +177,11 @@ def test_the_certificate_is_for_these_names_for_a_year_and_for_a_server(tmp_path
     assert not server.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
     assert ca.extensions.get_extension_for_class(x509.BasicConstraints).value.path_length == 0
     assert [path.name for path in tmp_path.iterdir() if b"PRIVATE KEY" in path.read_bytes()] == ["server.key"]
+    make_node_key(tmp_path / "node")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    make_certificates(tmp_path)  # again: nothing that exists is overwritten
+    make_node_key(tmp_path / "node")
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_partitions_are_written_for_each_node_and_never_over_others(tmp_path, tiny_dataset, monkeypatch, capsys):

@@ -28,6 +28,7 @@ from pytorch_example_low_level.messaging import (
     read_opt_in,
     to_array_record,
 )
+from tests.conftest import lines_of
 from tests.grid import InProcessGrid, TimedGrid, echo, run_config
 
 NODES = 4
@@ -45,10 +46,6 @@ def collect(mailbox: Mailbox, batch: Batch, *window: int) -> list[int]:
     assert batch.received == len(pairs)
     assert batch.received + batch.failed + batch.rejected == batch.sent
     return [mailbox.grid.partition(node.node_id) for node, _ in pairs]
-
-
-def warnings(caplog) -> list[str]:
-    return [r.message for r in caplog.records if r.levelname == "WARNING"]
 
 
 # ---------------------------------------------------------------------------------- Nodes
@@ -121,7 +118,7 @@ def test_late_nodes_are_left_out_and_others_are_not(window, caplog):
     assert 0.5 <= time.monotonic() - started < 1.5
     assert (batch.failed, batch.rejected) == (2, 0)
     batch.log_faults()
-    (warning,) = warnings(caplog)
+    (warning,) = lines_of(caplog)
     assert warning.endswith(" (train): no reply within 0.5 s")
 
 
@@ -308,7 +305,7 @@ def test_a_node_that_left_before_the_message_is_not_awaited(caplog):
     assert time.monotonic() - started < 5
     assert batch.failed == 1
     batch.log_faults()
-    assert warnings(caplog) == [f"Round 1: left out {nodes[2].name} (train): the SuperLink did not accept the message"]
+    assert lines_of(caplog) == [f"Round 1: left out {nodes[2].name} (train): the SuperLink did not accept the message"]
 
 
 def test_a_phase_without_nodes_sends_nothing():
@@ -333,8 +330,8 @@ def faults_of(caplog, handlers: list, message_type: str = MessageType.TRAIN) -> 
     batch = send(mailbox, 5, message_type)
     collect(mailbox, batch)
     first = batch.log_faults()
-    assert f"Round 1: left out {first}" == warnings(caplog)[0]
-    return warnings(caplog)
+    assert f"Round 1: left out {first}" == lines_of(caplog)[0]
+    return lines_of(caplog)
 
 
 def test_nodes_that_fail_alike_share_one_short_warning(caplog):
@@ -364,7 +361,7 @@ def test_a_missed_query_is_no_fault(caplog):
     batch = send(mailbox, 0.1, MessageType.QUERY)
     assert collect(mailbox, batch) == []
     time.sleep(0.1)
-    assert (batch.failed, batch.log_faults(), warnings(caplog)) == (4, "", [])
+    assert (batch.failed, batch.log_faults(), lines_of(caplog)) == (4, "", [])
 
 
 RAY = """<class 'ray.exceptions.RayTaskError(ClientAppException)'>:<'ray::ClientAppActor.run() (pid=7, ip=1.2.3.4)
@@ -430,7 +427,7 @@ def test_a_reply_that_cannot_be_decoded_is_left_out(caplog):
     assert collect(mailbox, batch) == [0, 1, 3]
     assert batch.rejected == 1
     batch.log_faults()
-    (warning,) = warnings(caplog)
+    (warning,) = lines_of(caplog)
     assert warning.endswith("(query): unreadable reply: ValueError('Error parsing message\\x1b[2J')")
 
 

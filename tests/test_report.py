@@ -9,7 +9,7 @@ from PIL import Image
 
 from pytorch_example_low_level import server_app, utils
 from pytorch_example_low_level.config import RunConfig
-from tests.conftest import results
+from tests.conftest import lines_of, results
 from tests.grid import make_context
 from tests.test_utils import SCORE, recorder
 from tests.wandb_files import expected_history, history_of, own, records_of, wandb_folder
@@ -262,7 +262,7 @@ def test_a_failure_while_closing_does_not_hide_what_ended_the_run(app, monkeypat
     with pytest.raises(RuntimeError, match="crash"):
         app.run(use_wandb=True)
     assert exit_codes == [1]
-    said = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    said = lines_of(caplog)
     assert len(said) == (2 if closing == "fails" else 0)
     directory = app.latest()
     assert [row["round"] for row in results(directory)] == [0]

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pytorch_example_low_level import server_app, task, utils
-from pytorch_example_low_level.config import RunConfig, UserError
+from pytorch_example_low_level.config import UserError
 from pytorch_example_low_level.messaging import MAX_EXAMPLES, MAX_WAITING, Mailbox, Node, connected_nodes
 from pytorch_example_low_level.server_app import (
     collect_opt_ins,
@@ -31,17 +31,8 @@ from pytorch_example_low_level.server_app import (
     wait_for_nodes,
     weighted_mean,
 )
-from tests.conftest import same_bits
-from tests.grid import InProcessGrid, make_context, run_config
-
-
-def config_with(**overrides) -> RunConfig:
-    return RunConfig.from_context(make_context(run_config(**overrides)))
-
-
-def info(caplog) -> list[str]:
-    return [r.message for r in caplog.records if r.levelname == "INFO"]
-
+from tests.conftest import lines_of, same_bits
+from tests.grid import InProcessGrid, run_config, typed_config
 
 # ---------------------------------------------------------------------------------- Nodes
 
@@ -60,7 +51,7 @@ class Registering(InProcessGrid):
 
 
 def wait(grid, before=None, *, resumed=True, **overrides) -> int:
-    nodes = wait_for_nodes(grid, config_with(**overrides), before, (), resumed=resumed)
+    nodes = wait_for_nodes(grid, typed_config(**overrides), before, (), resumed=resumed)
     assert [grid.partition(node.node_id) for node in nodes] == list(range(len(nodes)))
     return len(nodes)
 
@@ -112,7 +103,7 @@ def test_waiting_for_nodes_is_logged_every_five_seconds(monkeypatch, caplog):
     monkeypatch.setattr(server_app, "SETTLE", 0.5)
     monkeypatch.setattr(server_app, "time", SimpleNamespace(monotonic=lambda: sum(slept), sleep=slept.append))
     assert wait(Registering(*[1] * 24, 3, 3), min_available_nodes=3, node_wait_timeout=20) == 3
-    assert info(caplog) == [f"Waiting for nodes: 1/3, {left} s left" for left in (19, 14, 9)]
+    assert lines_of(caplog, "INFO") == [f"Waiting for nodes: 1/3, {left} s left" for left in (19, 14, 9)]
 
 
 @pytest.mark.parametrize(("counts", "before"), [((5,), 4), ((5,), 6), ((5, 10, 10), 5)])
@@ -125,12 +116,12 @@ def test_a_simulation_resumed_with_other_nodes_is_refused(counts, before):
 
 def test_a_simulation_has_a_node_for_each_site():
     names = ["east", "north", "south"]
-    nodes = wait_for_nodes(Registering(3), config_with(), None, names, resumed=False)
+    nodes = wait_for_nodes(Registering(3), typed_config(), None, names, resumed=False)
     assert [node.name for node in nodes] == names
     said = r'split for 3 simulated nodes, and now there are 5\..*"num-supernodes=3 client-resources-num-cpus=1"'
     with pytest.raises(UserError, match=said):
-        wait_for_nodes(Registering(5), config_with(), None, names, resumed=False)
-    assert len(wait_for_nodes(Registering(5, simulated=False), config_with(), None, names, resumed=False)) == 5
+        wait_for_nodes(Registering(5), typed_config(), None, names, resumed=False)
+    assert len(wait_for_nodes(Registering(5, simulated=False), typed_config(), None, names, resumed=False)) == 5
 
 
 @pytest.mark.parametrize(("simulated", "resumed"), [(False, True), (False, False), (True, False)])
@@ -161,7 +152,7 @@ def nodes(count: int) -> list[Node]:
     [(0.2, 2, 50, 10), (0.01, 2, 50, 2), (1.0, 2, 50, 50), (0.5, 2, 5, 2), (0.29, 1, 100, 29), (0.1, 3, 2, 2)],
 )
 def test_the_size_of_the_cohort(fraction, least, available, expected):
-    config = config_with(fraction_clients_train=fraction, min_train_nodes=least, min_available_nodes=100)
+    config = typed_config(fraction_clients_train=fraction, min_train_nodes=least, min_available_nodes=100)
     cohort = sample_cohort(nodes(available), config, 1)
     assert len(set(cohort)) == len(cohort) == expected
 
@@ -170,13 +161,13 @@ def test_the_size_of_the_cohort(fraction, least, available, expected):
     ("fraction", "available", "expected"), [(1.0, 7, 7), (0.5, 7, 3), (0.01, 7, 1), (0.29, 100, 29)]
 )
 def test_the_number_of_nodes_that_are_asked(fraction, available, expected):
-    asked = sample_asked(nodes(available), config_with(fraction_clients_query=fraction), 1)
+    asked = sample_asked(nodes(available), typed_config(fraction_clients_query=fraction), 1)
     assert len(set(asked)) == len(asked) == expected
 
 
 @pytest.mark.parametrize("sample", [sample_cohort, sample_asked])
 def test_a_sample_is_uniform_and_of_seed_and_round_alone(sample):
-    config = config_with(fraction_clients_train=0.2, fraction_clients_query=0.2)
+    config = typed_config(fraction_clients_train=0.2, fraction_clients_query=0.2)
     everyone = nodes(50)
     drawn = [node.node_id - 1000 for r in range(1, 501) for node in sample(everyone, config, r)]
     counts = torch.tensor(drawn).bincount(minlength=50)
@@ -185,11 +176,11 @@ def test_a_sample_is_uniform_and_of_seed_and_round_alone(sample):
     third = sample(everyone, config, 3)
     assert third == sample(everyone, config, 3) == sorted(third, key=everyone.index)
     assert third != sample(everyone, config, 4)
-    assert third != sample(everyone, config_with(seed=43, fraction_clients_train=0.2, fraction_clients_query=0.2), 3)
+    assert third != sample(everyone, typed_config(seed=43, fraction_clients_train=0.2, fraction_clients_query=0.2), 3)
 
 
 def test_who_trains_says_nothing_about_who_is_asked():
-    config = config_with(fraction_clients_train=0.2, fraction_clients_query=0.2)
+    config = typed_config(fraction_clients_train=0.2, fraction_clients_query=0.2)
     everyone = nodes(50)
     both = sum(len({*sample_cohort(everyone, config, r)} & {*sample_asked(everyone, config, r)}) for r in range(500))
     assert 800 < both < 1200  # a fifth of a fifth of 50, 500 times
@@ -285,7 +276,7 @@ MODEL = {"w": torch.tensor([[1.0, 2.0], [3.0, -4.0]]), "d": torch.tensor([0.1, 0
 INSTRUCTIONS = {"server-round": 3, "lr": 0.25, "class-names": ["a", "b"]}
 CENTRAL = {"loss": 1.0, "accuracy": 0.5}
 KEYS = utils.result_keys(CENTRAL, server_app.SCORE)
-CONFIG = config_with(train_timeout=30.0, query_timeout=30.0, evaluate_timeout=30.0, query_max_delay=0.125)
+CONFIG = typed_config(train_timeout=30.0, query_timeout=30.0, evaluate_timeout=30.0, query_max_delay=0.125)
 
 
 def honest(msg: Message, context) -> Message:
@@ -320,7 +311,7 @@ def test_train_returns_model_loss_and_counts(grid, caplog):
     assert (model["w"].dtype, model["d"].dtype, model["n"].item()) == (torch.float32, torch.float64, 5)
     assert loss == pytest.approx(0.1 + (0 * 1 + 1 * 2 + 2 * 3) / 6)
     assert (batch.received, batch.failed, batch.rejected) == (3, 0, 0)
-    assert info(caplog) == ["📥 Received 3/3 results (TRAIN)"]
+    assert lines_of(caplog, "INFO") == ["📥 Received 3/3 results (TRAIN)"]
     (deadline,) = {m.content["config"]["deadline"] for m in grid.sent}
     assert dict(grid.sent[0].content["config"]) == INSTRUCTIONS | {"deadline": deadline}
     assert {m.metadata.group_id for m in grid.sent} == {"3"}
@@ -347,7 +338,7 @@ def test_opt_ins_are_those_that_say_so(grid, caplog):
     everyone = connected_nodes(grid)
     queries = send_queries(mailbox, everyone, 3, CONFIG)
     assert collect_opt_ins(mailbox, queries) == [everyone[0], everyone[2]]
-    assert info(caplog) == ["📨 Received 3/3 results (QUERY)", "✅ 2/3 nodes opted-in for evaluation (QUERY)"]
+    assert lines_of(caplog, "INFO") == ["📨 Received 3/3 results (QUERY)", "✅ 2/3 nodes opted-in for evaluation (QUERY)"]
     assert dict(grid.sent[0].content["config"]) == {
         "server-round": 3,
         "max-delay": 0.125,
@@ -381,7 +372,7 @@ def test_the_federated_figures_by_hand(grid, caplog):
         "federated_evaluate_accuracy_p10": 0.05,
         "federated_evaluate_accuracy_median": 0.25,
     })  # fmt: skip
-    assert info(caplog) == [
+    assert lines_of(caplog, "INFO") == [
         "📥 Received 3/3 results (EVALUATE)",
         "📊 Federated evaluation -> loss: 2.333±0.745 / accuracy: 0.333±0.186",
     ]
@@ -416,7 +407,7 @@ def test_a_further_metric_is_averaged_over_the_nodes_that_have_it(grid, caplog):
     assert row["federated_evaluate_f1_std"] == pytest.approx(
         [math.sqrt((1 * (5 / 6) ** 2 + 5 * (1 / 6) ** 2) / 6), 0.0]
     )
-    assert info(caplog)[-1].endswith("/ accuracy: 0.333±0.186 / auc: 0.875±0.217")
+    assert lines_of(caplog, "INFO")[-1].endswith("/ accuracy: 0.333±0.186 / auc: 0.875±0.217")
 
 
 @pytest.mark.parametrize(
@@ -455,7 +446,7 @@ def test_without_results_the_federated_figures_are_null(grid, caplog, nobody):
     assert {key: value for key, value in row.items() if value is not None} == {
         "evaluate_received": 0, "evaluate_failed": 0 if nobody else 3,
     }  # fmt: skip
-    assert info(caplog)[-1] == "📊 Federated evaluation -> no node took part"
+    assert lines_of(caplog, "INFO")[-1] == "📊 Federated evaluation -> no node took part"
 
 
 def test_a_central_figure_that_is_no_number_is_null(monkeypatch, caplog):
@@ -467,7 +458,7 @@ def test_a_central_figure_that_is_no_number_is_null(monkeypatch, caplog):
         assert evaluate_centrally(net, net.state_dict(), None, torch.device("cpu")) == {
             "loss": recorded, "accuracy": 0.25, "auc": None, "accuracy_per_class": [0.5, None, None],
         }  # fmt: skip
-    assert info(caplog)[-1] == "💡 Centrally evaluated model -> loss:  0.5000 /  accuracy:  0.2500"
+    assert lines_of(caplog, "INFO")[-1] == "💡 Centrally evaluated model -> loss:  0.5000 /  accuracy:  0.2500"
 
 
 def test_the_central_evaluation_is_of_the_model_it_is_given(monkeypatch):

@@ -10,7 +10,7 @@ from torch import nn
 from pytorch_example_low_level import images as image_module
 from pytorch_example_low_level import task
 from pytorch_example_low_level.config import RunConfig, UserError
-from tests.grid import FACTS, make_context, run_config
+from tests.grid import FACTS, typed_config
 
 CPU = torch.device("cpu")
 DIGITS = [str(digit) for digit in range(10)]
@@ -19,8 +19,7 @@ BINARY = ["cat", "dog"]
 
 def config(**overrides) -> RunConfig:
     """Plain SGD without momentum in batches of four, unless told otherwise."""
-    plain = {"batch_size": 4, "momentum": 0.0, "logit_adjustment": 0.0}
-    return RunConfig.from_context(make_context(run_config(**plain | overrides)))
+    return typed_config(**{"batch_size": 4, "momentum": 0.0, "logit_adjustment": 0.0} | overrides)
 
 
 def train(net: nn.Module, data: image_module.Split, lr: float = 0.1, seed: int = 1, **overrides) -> float:
