@@ -468,30 +468,26 @@ def test_without_the_bundled_images_those_on_the_hub_are_taken(monkeypatch, tmp_
 # ---------------------------------------------------------------------------------- Pixels
 
 
-def test_images_of_varying_size_and_mode_become_32x32_rgb(tmp_path):
-    for number, (mode, size) in enumerate([("L", (9, 30)), ("RGB", (50, 40)), ("L", (28, 28))]):
-        draw(tmp_path / "a" / f"{number}.png", 60, mode, size)
-    train, validation = node(tmp_path).values()
-    assert (train.images.shape, len(validation)) == ((3, 3, 32, 32), 0)
+RGB = [Image.new("RGB", (28, 28), (1, 2, 3))]
 
 
-def test_one_image_of_colour_anywhere_makes_all_of_them_rgb(tmp_path):
-    pictures = [*grey(*[5] * 299), Image.new("RGB", (28, 28), (1, 2, 3))]
-    rows = table({"a": IMAGE, "b": LABEL}, {"a": pictures, "b": [0, 1] * 150})
-    assert server(saved(tmp_path, rows)).images.shape == (300, 3, 28, 28)
+@pytest.mark.parametrize(
+    ("train", "test", "shape"),
+    [
+        ([*grey(*[5] * 299), *RGB], None, (300, 3, 28, 28)),  # one image of colour anywhere
+        ([*grey(9), *RGB], grey(9, 7), (2, 3, 28, 28)),  # or in another split
+        ([*grey(9, size=(32, 32)), *grey(7), Image.new("1", (64, 64), 1)], None, (3, 1, 32, 32)),
+        ([*grey(60, size=(9, 30)), Image.new("RGB", (50, 40))], None, (2, 3, 32, 32)),
+    ],
+)
+def test_images_of_all_splits_get_the_same_format(tmp_path, train, test, shape):
+    def rows(pictures: list | None) -> datasets.Dataset | None:
+        return pictures and table({"a": IMAGE, "b": LABEL}, {"a": pictures, "b": [n % 2 for n in range(len(pictures))]})
 
-
-def test_all_splits_have_the_same_format(tmp_path):
-    train = table({"a": IMAGE, "b": LABEL}, {"a": [*grey(9), Image.new("RGB", (28, 28))], "b": [0, 1]})
-    test = table({"a": IMAGE, "b": LABEL}, {"a": grey(9, 7), "b": [0, 1]})
-    assert server(saved(tmp_path, train, test)).images.shape == (2, 3, 28, 28)
-
-
-def test_grey_images_of_two_sizes_become_32x32(tmp_path):
-    pictures = [*grey(9, size=(32, 32)), *grey(7), Image.new("1", (64, 64), 1)]
-    data = server(saved(tmp_path, table({"a": IMAGE, "b": LABEL}, {"a": pictures, "b": [0, 1, 0]})))
-    assert data.images.shape == (3, 1, 32, 32)
-    assert [image.unique().tolist() for image in data.images] == [[9], [7], [255]]
+    data = server(saved(tmp_path, rows(train), rows(test)))
+    assert data.images.shape == shape
+    if shape[1] == 1:
+        assert [image.unique().tolist() for image in data.images] == [[9], [7], [255]]
 
 
 @pytest.mark.parametrize("size", [16, 64, 512])
