@@ -147,28 +147,6 @@ def test_a_faulty_evaluate_reply_is_left_out(app, caplog, fault):
     assert reason in warning
 
 
-def test_a_reply_that_comes_in_a_later_phase_is_ignored(app, without_reply):
-    """The reply to round 1's TRAIN lies in the grid when later phases look for theirs."""
-    grid = app.grid()
-    held: list[Message] = []
-
-    def keep(msg, context):
-        held.append(honest(msg, context))
-
-    grid.handlers = {FAULTY: only(MessageType.TRAIN, keep)}
-    pull = grid.pull_messages
-
-    def pull_with_the_late_one(message_ids):
-        replies = list(pull(message_ids))
-        late_phase = grid.sent[-1].metadata.message_type != MessageType.TRAIN or grid.sent[-1].metadata.group_id != "1"
-        return replies + (held if late_phase else [])
-
-    grid.pull_messages = pull_with_the_late_one
-    directory = app.run(grid, **OVERRIDES | SHORT)
-    assert held
-    assert same_bits(model(directory), without_reply)
-
-
 def test_a_node_that_leaves_between_the_phases_and_one_that_joins(app, caplog):
     grid = app.grid()
     grid.simulated = False
@@ -231,12 +209,3 @@ def test_a_run_ends_in_round_1_if_no_node_can_train(app, working):
         app.run(grid, **OVERRIDES)
     assert [row["round"] for row in results(app.latest())] == [0]
     assert {message.metadata.message_type for message in grid.sent} == {MessageType.TRAIN}
-
-
-def test_a_run_in_which_all_are_faulty_says_that_it_learned_nothing(app):
-    with pytest.raises(UserError, match="Nothing was learned"):
-        run_with(app, only(MessageType.TRAIN, unavailable, rounds=(1, 2)), partitions=range(5))
-    directory = app.latest()
-    assert [row["train_received"] for row in results(directory)[1:]] == [0, 0]
-    assert (directory / "metrics.png").exists()
-    assert not (directory / "final_model.pt").exists()

@@ -10,6 +10,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MessageType, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
+from torch import nn
 
 from pytorch_example_low_level import client_app, images, server_app, task, utils
 from pytorch_example_low_level.config import CODE, UserError
@@ -32,13 +33,9 @@ def by_round(grid: InProcessGrid, message_type: str) -> dict[int, list[Message]]
     return found
 
 
-def test_a_run_leaves_the_promised_files_and_figures(app):
+def test_a_run_leaves_the_promised_figures(app):
+    """Which files there are is compared with the reference, in test_docs.py."""
     directory = app.run(num_server_rounds=3, lr_decay_every=2, opt_in_probability=1.0)
-    files = {str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file()}
-    assert files - {".lock"} == {
-        "run_config.json", "results.json", "metrics.png", "final_model.pt",
-        "checkpoints/best.pt", "checkpoints/last.pt", "node_results.jsonl",
-    }  # fmt: skip
     rows = results(directory, times=True)
     assert [row["round"] for row in rows] == [0, 1, 2, 3]
     assert [row["lr"] for row in rows] == [None, 0.05, 0.05, 0.025]
@@ -65,13 +62,10 @@ def test_a_run_leaves_the_promised_files_and_figures(app):
     assert task.test(net, test_split, torch.device("cpu"))["accuracy"] == max(accuracies)
     net.load_state_dict(model(directory))
     assert task.test(net, test_split, torch.device("cpu"))["accuracy"] == accuracies[-1]
-    assert (directory / "metrics.png").read_bytes()[:4] == b"\x89PNG"
     config = json.loads((directory / "run_config.json").read_text())
-    assert config.pop("versions").keys() == {"flwr", "flwr-datasets", "torch", "numpy", "app", "python"}
-    assert config.pop("class-names") == list(test_split.class_names)
-    assert config.pop("image-shape") == [1, 28, 28]
-    assert config.pop("run-id") == "1"
-    assert config == app.config(num_server_rounds=3, lr_decay_every=2, opt_in_probability=1.0)
+    config.pop("versions")
+    settings = app.config(num_server_rounds=3, lr_decay_every=2, opt_in_probability=1.0)
+    assert config == settings | test_split.facts | {"run-id": "1"}
 
 
 def test_the_seconds_of_a_round_add_up(app, monkeypatch, caplog):
@@ -268,11 +262,8 @@ def tutorial_client_app() -> ClientApp:
     def train(msg, context):
         net = task.make_model(FACTS)
         net.load_state_dict(msg.content["arrays"].to_torch_state_dict())
-        optimizer = torch.optim.Adam(net.parameters(), lr=msg.content["config"]["lr"])
-        loss = torch.nn.functional.cross_entropy(net(torch.ones(8, 1, 28, 28)), torch.ones(8, dtype=torch.long))
-        loss.backward()
-        optimizer.step()
-        metrics = MetricRecord({"train_loss": loss.item(), "num-examples": 8})
+        nn.init.constant_(net.fc2.bias, msg.content["config"]["lr"])
+        metrics = MetricRecord({"train_loss": 0.5, "num-examples": 8})
         return Message(RecordDict({"arrays": ArrayRecord(net.state_dict()), "metrics": metrics}), reply_to=msg)
 
     @app.evaluate()
@@ -285,6 +276,8 @@ def tutorial_client_app() -> ClientApp:
 
 def test_this_server_app_drives_the_client_app_of_the_tutorial(app):
     grid = InProcessGrid(tutorial_client_app(), app.config(), 5)
-    rows = results(app.run(grid))[1:]
+    directory = app.run(grid)
+    rows = results(directory)[1:]
     assert [row["train_received"] for row in rows] == [3, 3]
     assert [(row["query_sent"], row["query_received"], row["opted_in"]) for row in rows] == [(5, 0, 0)] * 2
+    torch.testing.assert_close(model(directory)["fc2.bias"], torch.full((10,), 0.05))

@@ -155,7 +155,7 @@ def test_more_rounds_than_were_first_asked_for(app, whole):
     check_finished(directory, whole)
 
 
-def test_a_run_that_learned_nothing_stays_failed_when_resumed(app):
+def test_a_run_that_learned_nothing_says_so_and_stays_failed_when_resumed(app):
     def fail(msg, context):
         if msg.metadata.message_type == MessageType.TRAIN:
             return Message(Error(code=5, reason="the disk is on fire"), reply_to=msg)
@@ -164,15 +164,16 @@ def test_a_run_that_learned_nothing_stays_failed_when_resumed(app):
     grid = app.grid()
     grid.handlers = dict.fromkeys(range(5), fail)
     error = r"Nothing was learned: no round had a usable TRAIN reply\. The last fault: .*the disk is on fire"
-    with pytest.raises(UserError, match=error):
-        app.run(grid, num_server_rounds=1)
-    directory = app.latest()
-    grid = app.grid()
-    with pytest.raises(UserError, match=error):
-        app.run(grid, num_server_rounds=1, resume_from=str(directory))
-    assert grid.sent == []
-    assert not (directory / "final_model.pt").exists()
-    app.run(num_server_rounds=2, resume_from=str(directory))  # now with nodes that work
+    resumed = {}
+    for sent in (True, False):
+        with pytest.raises(UserError, match=error):
+            app.run(grid, num_server_rounds=1, **resumed)
+        assert bool(grid.sent) == sent
+        grid, directory = app.grid(), app.latest()
+        resumed = {"resume_from": str(directory)}
+        assert {path.name for path in directory.iterdir()} >= {"metrics.png", "results.json"}
+        assert not (directory / "final_model.pt").exists()
+    app.run(num_server_rounds=2, **resumed)  # now with nodes that work
     assert [row["train_received"] for row in results(directory)] == [None, 0, 3]
     assert (directory / "final_model.pt").exists()
 
