@@ -243,27 +243,27 @@ def test_a_failure_of_wandb_is_said_once_and_never_stops_a_run(app, quick_plot, 
 def test_a_failure_while_closing_does_not_hide_what_ended_the_run(app, monkeypatch, caplog, closing):
     exit_codes = []
 
+    def failing(error: Exception):
+        def fail(*args):
+            raise error
+
+        return fail
+
     def finish(exit_code):
         exit_codes.append(exit_code)
         if closing == "fails":
             raise BrokenPipeError("W&B is gone")
 
-    def crash(*args):
-        raise RuntimeError("crash")
-
-    def fail_to_plot(*args):
-        raise ValueError("no fonts")
-
     run = SimpleNamespace(id="abc", step=1000, summary={}, log_artifact=lambda artifact: None, finish=finish)
     monkeypatch.setattr(utils, "start_wandb", lambda *args: run)
-    monkeypatch.setattr(server_app, "evaluate", crash)
+    monkeypatch.setattr(server_app, "evaluate", failing(RuntimeError("crash")))
     if closing == "fails":
-        monkeypatch.setattr(utils, "plot_results", fail_to_plot)
+        monkeypatch.setattr(utils, "plot_results", failing(MemoryError("no memory\nat all")))
     with pytest.raises(RuntimeError, match="crash"):
         app.run(use_wandb=True)
     assert exit_codes == [1]
-    said = lines_of(caplog)
-    assert len(said) == (2 if closing == "fails" else 0)
+    parts = {"The plot": "no memory at all", "📈 W&B": "W&B is gone"} if closing == "fails" else {}
+    assert lines_of(caplog) == [f"{part} failed; the run continues without it: {why}" for part, why in parts.items()]
     directory = app.latest()
     assert [row["round"] for row in results(directory)] == [0]
     assert (directory / "metrics.png").exists() == (closing == "works")
