@@ -50,6 +50,15 @@ class Registering(InProcessGrid):
         return [node for node in super().get_nodes() if self.partition(node.node_id) < count]
 
 
+@pytest.fixture
+def slept(monkeypatch) -> list[float]:
+    """The pauses of the server, on a clock that only they move, with the real time to settle."""
+    pauses: list[float] = []
+    monkeypatch.undo()
+    monkeypatch.setattr(server_app, "time", SimpleNamespace(monotonic=lambda: sum(pauses), sleep=pauses.append))
+    return pauses
+
+
 def wait(grid, before=None, *, resumed=True, **overrides) -> int:
     nodes = wait_for_nodes(grid, typed_config(**overrides), before, (), resumed=resumed)
     assert [grid.partition(node.node_id) for node in nodes] == list(range(len(nodes)))
@@ -67,41 +76,27 @@ def test_enough_nodes_that_come_and_go_do_not_hold_up_a_run():
     assert wait(Registering(*[4, 5] * 100, simulated=False), node_wait_timeout=0.1) in (4, 5)
 
 
-def test_waits_as_long_as_it_takes_to_settle(monkeypatch):
-    monkeypatch.undo()  # the real constant
-    slept = []
-    monkeypatch.setattr(server_app, "time", SimpleNamespace(monotonic=lambda: 0, sleep=slept.append))
+def test_waits_as_long_as_it_takes_to_settle(slept):
     assert wait(Registering(2, 4, 4)) == 4
     assert slept == [0.5, 0.5]
     assert wait(Registering(2, 2), node_wait_timeout=0.2) == 2
     assert slept[2:] == [0.2]
 
 
-def test_the_number_of_the_last_round_needs_no_wait(monkeypatch):
-    monkeypatch.setattr(server_app, "time", SimpleNamespace(monotonic=lambda: 0))  # has no sleep
+def test_the_number_of_the_last_round_needs_no_wait(slept):
     assert wait(Registering(5), before=5, resumed=False) == 5
+    assert slept == []
 
 
-def test_too_few_nodes_are_one_clear_error(monkeypatch):
-    now = 0.0
-
-    def sleep(seconds):
-        nonlocal now
-        now += seconds
-
-    monkeypatch.setattr(server_app, "time", SimpleNamespace(monotonic=lambda: now, sleep=sleep))
-    monkeypatch.setattr(server_app, "SETTLE", 0.5)
+def test_too_few_nodes_are_one_clear_error(slept):
     said = r"Connected nodes after 12 s: 1; min-available-nodes is 2\. Start more nodes, or change"
     with pytest.raises(UserError, match=said):
         wait(Registering(1), node_wait_timeout=12.0)
-    assert 12 <= now <= 12.5
+    assert 12 <= sum(slept) <= 12.5
 
 
-def test_waiting_for_nodes_is_logged_every_five_seconds(monkeypatch, caplog):
+def test_waiting_for_nodes_is_logged_every_five_seconds(slept, caplog):
     caplog.set_level("INFO", logger="flwr")
-    slept = [0.0]
-    monkeypatch.setattr(server_app, "SETTLE", 0.5)
-    monkeypatch.setattr(server_app, "time", SimpleNamespace(monotonic=lambda: sum(slept), sleep=slept.append))
     assert wait(Registering(*[1] * 24, 3, 3), min_available_nodes=3, node_wait_timeout=20) == 3
     assert lines_of(caplog, "INFO") == [f"Waiting for nodes: 1/3, {left} s left" for left in (19, 14, 9)]
 
