@@ -59,6 +59,7 @@ class App:
             "num_server_rounds": 2,
             "fraction_clients_train": 0.6,
             "query_max_delay": 0.0,
+            "query_timeout": 60.0,  # the machine may be busy
             "use_wandb": False,
             "server_device": "cpu",
         }

@@ -363,11 +363,15 @@ def test_images_as_bytes_or_paths_and_a_row_without_one(tmp_path):
 def test_tables_with_files_that_would_be_left_out(tmp_path, tiny_dataset):
     shutil.copytree(tiny_dataset, tmp_path / "data")
     assert len(server(tmp_path / "data")) == 40
-    shutil.copy(tmp_path / "data" / "data" / "train.parquet", tmp_path / "data" / "more.parquet")
-    with pytest.raises(UserError, match=r"files that would be left out: \['.*more\.parquet'\]"):
+    more = [tmp_path / "data" / f"more-{number}.parquet" for number in range(6)]
+    for path in more:
+        shutil.copy(tmp_path / "data" / "data" / "train.parquet", path)
+    with pytest.raises(UserError, match=r"files that would be left out: \['.*more-\d\.parquet'\]") as error:
         images.read.cache_clear()
         server(tmp_path / "data")
-    (tmp_path / "data" / "more.parquet").unlink()
+    assert str(error.value).count("more-") == 5
+    for path in more:
+        path.unlink()
     draw(tmp_path / "data" / "a" / "1.png")
     with pytest.raises(UserError, match=r"files that would be left out: \['.*1\.png'\]"):
         images.read.cache_clear()
