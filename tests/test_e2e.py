@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+import recipes
 from benchmarks.simulation import FinishedRun, LocalSuperLink, copy_app
 from deploy.cli import BIN, FlowerCli, free_port, start, stop, users_of, wait_for
 from tests.conftest import App, alive, model, results, same_bits
@@ -170,6 +171,17 @@ def test_late_answers_do_not_hold_up_the_evaluation(late):
         assert row["evaluate_received"] == row["opted_in"]
         assert row["seconds_evaluate"] < 6
     assert "ERROR" not in run.log
+
+
+def test_another_task_runs_with_flowers_engine(tmp_path):
+    app = copy_app(tmp_path / "app")
+    recipes.apply("tabular", app)
+    settings = {"nodes": 4, "num_server_rounds": 2, "fraction_clients_train": 0.5, "query_timeout": 60.0}
+    with LocalSuperLink(app) as superlink:  # the nodes import the app from the directory of the SuperLink
+        run = superlink.run(app=app, use_wandb=False, query_max_delay=0.0, **settings, **ONE_WORKER)
+    assert run.status == "finished:completed", run.log
+    assert [row["train_received"] for row in run.results] == [None, 2, 2]
+    assert run.results[2]["centralized_auc"] > 0.9
 
 
 TUTORIAL = """
