@@ -56,7 +56,7 @@ class Faults(threading.Thread):
         kinds: dict[str, Callable[[int], None]] = {
             "cut for 5 s": lambda index: self.cut([index], 5),
             "all nodes cut for 10 s": lambda index: self.cut(list(range(NODES)), 10),
-            "half-open for 15 s": self.vanish,
+            "half-open for 15 s": self.hold,
             "slow": self.slow,
             "killed": self.kill,
             "the SuperLink hangs for 5 s": lambda index: self.hang(),
@@ -75,9 +75,9 @@ class Faults(threading.Thread):
         for index in indices:
             self.federation.proxies[index].heal()
 
-    def vanish(self, index: int) -> None:
-        """Let all bytes of a node vanish for a while."""
-        self.federation.proxies[index].vanish = True
+    def hold(self, index: int) -> None:
+        """Let nothing of a node come through for a while."""
+        self.federation.proxies[index].hold = True
         self.ended.wait(15)
         self.federation.proxies[index].heal()
 

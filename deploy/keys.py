@@ -32,6 +32,7 @@ def keep_out_of_git(folder: Path) -> None:
 def make_certificates(folder: Path, hosts: Sequence[str] = (HOST, "localhost", "superlink")) -> None:
     """Create a CA (`ca.crt`) and the SuperLink's certificate and key (`server.crt`, `server.key`).
 
+    The certificate is also valid for 127.0.0.1, by which the ServerApp reaches the SuperLink that starts it.
     The CA's private key is not saved, so it cannot be stolen or sign anything else. A folder that
     has a `ca.crt` is left as it is.
     """
@@ -42,7 +43,8 @@ def make_certificates(folder: Path, hosts: Sequence[str] = (HOST, "localhost", "
     folder.mkdir(parents=True, exist_ok=True)
     begin = datetime.datetime.now(datetime.UTC) - datetime.timedelta(minutes=5)
     ca = trustme.CA(path_length=0, organization_unit_name="Flower federation's CA")
-    server = ca.issue_cert(*hosts, common_name="SuperLink", not_before=begin, not_after=begin + VALID_FOR)
+    names = dict.fromkeys([*hosts, HOST])
+    server = ca.issue_cert(*names, common_name="SuperLink", not_before=begin, not_after=begin + VALID_FOR)
     write_new(folder / "server.key", server.private_key_pem.bytes(), private=True)
     write_new(folder / "server.crt", server.cert_chain_pems[0].bytes(), private=False)
     write_new(folder / "ca.crt", ca.cert_pem.bytes(), private=False)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import struct
 import threading
 import time
 from contextlib import ExitStack, suppress
@@ -22,9 +24,9 @@ class Proxy:
         self.latency = 0.0  # seconds, in each direction
         self.rate = float("inf")  # bytes a second, in each direction
         self.refuses = False  # new connections: set by `cut` and `heal`
-        self.vanish = False  # half-open: all bytes vanish, and nothing is closed
+        self.hold = False  # half-open: nothing comes through, and nothing is closed; afterwards, TCP sends it again
         self.uploaded = 0  # bytes from the node, since it was last set to 0
-        self.vanish_after = float("inf")  # of `uploaded`: then all bytes vanish
+        self.hold_after = float("inf")  # of `uploaded`: then nothing comes through
         self.cut_after = float("inf")  # of `uploaded`: then all connections are cut, and new ones are refused
         self.port = 0
         self._loop = asyncio.new_event_loop()
@@ -46,11 +48,11 @@ class Proxy:
         self._loop.call_soon_threadsafe(self._cut)
 
     def heal(self) -> None:
-        """Pass everything on again; what was lost stays lost, so the old connections are cut."""
-        self.latency, self.rate, self.vanish = 0.0, float("inf"), False
-        self.vanish_after = self.cut_after = float("inf")
-        self.cut()
-        asyncio.run_coroutine_threadsafe(self._listen(), self._loop).result(10)
+        """Pass everything on again."""
+        self.latency, self.rate, self.hold = 0.0, float("inf"), False
+        self.hold_after = self.cut_after = float("inf")
+        if self.refuses:
+            asyncio.run_coroutine_threadsafe(self._listen(), self._loop).result(10)
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
@@ -63,10 +65,12 @@ class Proxy:
         self.port, self.refuses = self._server.sockets[0].getsockname()[1], False
 
     def _cut(self) -> None:
-        # A connection that is accepted and then closed would look like a wrong certificate: SuperNodes give up.
+        # Without a reset in the TLS handshake, SuperNodes take it for a wrong certificate, and give up.
         self._server.close()
         self.refuses = True
         for writer in self._writers:
+            reset = struct.pack("ii", 1, 0)
+            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
             writer.transport.abort()
         self._writers.clear()
 
@@ -90,9 +94,10 @@ class Proxy:
                 if self.uploaded > self.cut_after:
                     self._cut()
                     break
-                if not self.vanish and self.uploaded <= self.vanish_after:
-                    await asyncio.sleep(len(data) / self.rate)
-                    waiting.put_nowait((time.monotonic() + self.latency, data))
+                while self.hold or self.uploaded > self.hold_after:
+                    await asyncio.sleep(0.05)
+                await asyncio.sleep(len(data) / self.rate)
+                waiting.put_nowait((time.monotonic() + self.latency, data))
         waiting.put_nowait((time.monotonic() + self.latency, b""))
         await sending
 

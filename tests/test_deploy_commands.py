@@ -165,7 +165,7 @@ def handshake(folder: Path, name: str) -> None:
 
 def test_the_certificate_is_for_these_names_for_a_year_and_for_a_server(tmp_path):
     make_certificates(tmp_path, ["server.example.org", "10.0.0.1"])
-    for name in ("server.example.org", "10.0.0.1"):
+    for name in ("server.example.org", "10.0.0.1", "127.0.0.1"):
         handshake(tmp_path, name)
     with pytest.raises(ssl.SSLCertVerificationError, match="Hostname mismatch"):
         handshake(tmp_path, "other.example.org")
