@@ -79,28 +79,29 @@ def decoded(source: Source, split: str, shape: tuple[int, int, int]) -> np.ndarr
         with FileLock(path.with_suffix(".lock")):
             if not path.exists():
                 beside = path.with_suffix(".part")
-                pixels = np.lib.format.open_memmap(beside, mode="w+", dtype=np.uint8, shape=size)
-                decode(source, split, shape, pixels)
-                pixels.flush()
+                with beside.open("wb") as file:
+                    header = {"descr": "|u1", "fortran_order": False, "shape": size}
+                    np.lib.format.write_array_header_1_0(file, header)
+                    file.writelines(image.tobytes() for image in decode(source, split, shape))
                 beside.replace(path)
         images: np.ndarray = np.load(path, mmap_mode="r")
         return images
     except OSError as error:
         log.warning("The decoded images of %s cannot be kept in %s: %s", split, path.parent, error)
-        images = np.empty(size, dtype=np.uint8)
-        decode(source, split, shape, images)
-        return images
+        return np.fromiter(decode(source, split, shape), np.dtype((np.uint8, shape)), size[0])
 
 
-def decode(source: Source, split: str, shape: tuple[int, int, int], pixels: np.ndarray) -> None:
-    """Decode the images of a split into `pixels` (N, C, H, W). Raises UserError that names an image that fails."""
-    began = logged = time.monotonic()
-    for number, (data, name) in enumerate(encoded(source, split)):
+def decode(source: Source, split: str, shape: tuple[int, int, int]) -> Iterator[np.ndarray]:
+    """Yield each image of a split as uint8 (C, H, W). Raises UserError that names an image that fails."""
+    began, total = time.monotonic(), len(source.splits[split])
+    logged = began
+    for number, (data, name) in enumerate(encoded(source, split), start=1):
         with explained(f"the image {name} cannot be decoded"), Image.open(data) as image:
-            pixels[number] = to_pixels(image, shape).transpose(2, 0, 1)
+            pixels = to_pixels(image, shape).transpose(2, 0, 1)
+        yield pixels
         if (now := time.monotonic()) > logged + PROGRESS_EVERY:
-            logged, left = now, (now - began) * (len(pixels) / (number + 1) - 1)
-            log.info("... %s/%s images of %s decoded, about %.0f s left", number + 1, len(pixels), split, left)
+            logged, left = now, (now - began) * (total / number - 1)
+            log.info("... %s/%s images of %s decoded, about %.0f s left", number, total, split, left)
 
 
 def to_pixels(image: Image.Image, shape: tuple[int, int, int]) -> np.ndarray:
@@ -159,8 +160,14 @@ def cache_folder() -> Path:
 
 
 def digest_of(*arrays: np.ndarray) -> str:
-    """Return a digest of arrays."""
+    """Return a digest of arrays. A memory map is read from its file: its pages would stay in this process's memory."""
     digest = hashlib.sha256()
     for array in arrays:
-        digest.update(np.ascontiguousarray(array).data)
+        if isinstance(array, np.memmap) and array.filename:
+            with Path(array.filename).open("rb") as file:
+                file.seek(array.offset)
+                while block := file.read(2**20):
+                    digest.update(block)
+        else:
+            digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()[:16]
