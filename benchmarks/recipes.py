@@ -48,6 +48,8 @@ FIGURES: dict[str, Callable[[list[Row]], float]] = {
     "auc": lambda rows: rows[-1]["centralized_auc"],
     "r2": lambda rows: rows[-1]["centralized_r2"],
     "loss": lambda rows: rows[-1]["centralized_loss"],
+    "MB sent": lambda rows: rows[1]["megabytes_sent"],
+    "TRAIN s": lambda rows: rows[-1]["seconds_train"],
     "MB received": lambda rows: rows[1]["megabytes_received"],
     "best": lambda rows: max(row["centralized_accuracy"] for row in rows[1:]),
     "best for nodes": lambda rows: max(rows[1:], key=lambda r: r["federated_evaluate_accuracy"])[
@@ -78,6 +80,27 @@ def another_task(figure: str, nodes: int, *recipes: str) -> Experiment:
     """Return the comparison of a task on nodes with the same model trained on all data in one place."""
     variants = [Variant(f"{nodes} nodes", recipes), Variant("one place", recipes, one_place=True)]
     return Experiment(variants, (figure,), nodes, config={"num-server-rounds": 20, "fraction-clients-train": 0.5})
+
+
+def drift(local_epochs: int) -> list[Variant]:
+    """Return what is compared against label skew, with and without logit adjustment, all with plain SGD."""
+    recipes: dict[str, tuple[str, ...]] = {"FedAvg": (), "FedProx": ("fedprox",), "SCAFFOLD": ("scaffold",)}
+    return [
+        Variant(
+            f"{name}, {local_epochs} local epochs, logit adjustment {adjustment:g}",
+            recipe,
+            {"local-epochs": local_epochs, "logit-adjustment": adjustment},
+        )
+        for adjustment in (1.0, 0.0)
+        for name, recipe in recipes.items()
+    ]
+
+
+def secure(nodes: int) -> Experiment:
+    """Return the cost of secure sums over a cohort of all nodes."""
+    variants = [Variant(f"{nodes} nodes, FedAvg"), Variant(f"{nodes} nodes, secure sum", ("secure-sum",))]
+    config = {"num-server-rounds": 2, "fraction-clients-train": 1.0, "partitioner": "iid", "query-timeout": 600.0}
+    return Experiment(variants, ("MB sent", "MB received", "TRAIN s"), nodes, config=config)
 
 
 EXPERIMENTS = {
@@ -128,6 +151,15 @@ EXPERIMENTS = {
         ],
         ("accuracy", "MB received"),
     ),
+    "scaffold": Experiment(
+        [*drift(1), *drift(5)], config={"dirichlet-alpha": 0.1, "momentum": 0.0, "learning-rate": 0.1}
+    ),
+    "secure-sum": Experiment(
+        [Variant("FedAvg"), Variant("secure sum", ("secure-sum",))], config={"query-timeout": 60.0}
+    ),
+    "secure-sum-10": secure(10),
+    "secure-sum-50": secure(50),
+    "secure-sum-100": secure(100),
     "median": Experiment([Variant("mean"), Variant("median", ("median",))]),
     "median-wild": Experiment([Variant("mean"), Variant("median", ("median",))], wild=5),
 }

@@ -1,0 +1,116 @@
+"""The recipe SCAFFOLD beside a run of the algorithm that is written down once more, on a convex problem."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from tests.grid import InProcessGrid
+from tests.recipes import changed_app
+from tests.test_recipes import trained, try_out
+
+__all__ = ["try_out"]  # a fixture
+pytestmark = pytest.mark.e2e
+
+CURVATURE, MINIMUM = np.array([1.0, 2.0, 0.5, 1.5]), np.array([4.0, -1.0, 2.0, 0.0])  # of the nodes' losses
+STEPS, RATE = 3, 0.1
+
+
+class Data:
+    """The loss a / 2 (w - b)² of one node."""
+
+    node_names = ()
+
+    def __init__(self, a: float, b: float) -> None:
+        self.a, self.b, self.facts = a, b, {"dimensions": 1}
+
+    def __len__(self) -> int:
+        return 1
+
+    def fingerprint(self) -> str:
+        return ""
+
+
+class Point(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(1))
+
+
+def descend(net, data, config, *, lr, seed, device, deadline=0.0) -> float:
+    optimizer = torch.optim.SGD(net.parameters(), lr=lr)
+    for _ in range(config.local_epochs):
+        optimizer.zero_grad()
+        loss = data.a / 2 * (net.w - data.b).square().sum()
+        loss.backward()
+        optimizer.step()
+    return loss.item()
+
+
+@pytest.fixture
+def app() -> SimpleNamespace:
+    app = changed_app("scaffold")
+    nodes = [Data(a, b) for a, b in zip(CURVATURE, MINIMUM, strict=True)]
+    app.task.load_test_data = lambda config: Data(1.0, 0.0)
+    app.task.load_node_data = lambda node_config, number, config, facts: {"train": nodes[number]}
+    app.task.make_model = lambda facts: Point()
+    app.task.train = descend
+    app.task.test = lambda net, data, device: {"loss": 0.0, "accuracy": 0.0}
+    return app
+
+
+SETTINGS = {
+    "local_epochs": STEPS,
+    "learning_rate": RATE,
+    "lr_decay_every": 0,
+    "opt_in_probability": 0.0,
+}
+
+
+def by_hand(cohorts: list[list[int]]) -> tuple[float, float]:
+    """The paper's algorithm 1, option II, with a global rate of 1; a node that is new takes c as its own variate."""
+    x, c, own = 0.0, 0.0, {}
+    for cohort in cohorts:
+        ends, changes = [], []
+        for i in cohort:
+            mine, y = own.get(i, c), x
+            for _ in range(STEPS):
+                y -= RATE * (CURVATURE[i] * (y - MINIMUM[i]) - mine + c)
+            own[i] = mine - c + (x - y) / (STEPS * RATE)
+            ends.append(y - x)
+            changes.append(own[i] - mine)
+        x += np.mean(ends)
+        c += len(cohort) / 4 * np.mean(changes)
+    return x, c
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+def test_it_is_the_algorithm_of_the_paper(app, try_out, fraction):
+    grid = InProcessGrid(app.client_app.app, {}, 4)
+    done = try_out(app, grid, fraction_clients_train=fraction, num_server_rounds=40, **SETTINGS)
+    cohorts = list(trained(grid).values())
+    assert {len(cohort) for cohort in cohorts} == {4 * fraction}
+    x, c = by_hand(cohorts)
+    state = torch.load(done.directory / "checkpoints" / "last.pt", weights_only=True)
+    assert done.model["w"].item() == pytest.approx(x, abs=1e-5)
+    assert state["control"]["control/w"].item() == pytest.approx(c, abs=1e-5)
+    if fraction == 1.0:  # the minimum of the sum of all losses, which FedAvg with three steps misses
+        assert x == pytest.approx((CURVATURE * MINIMUM).sum() / CURVATURE.sum(), abs=1e-3)
+
+
+def test_momentum_is_refused(app, try_out):
+    with pytest.raises(app.config.UserError, match="momentum"):
+        try_out(app, InProcessGrid(app.client_app.app, {}, 4), momentum=0.9, **SETTINGS)
+
+
+def test_the_model_of_the_app_learns_and_a_resumed_run_has_the_servers_variate(try_out):
+    app = changed_app("scaffold")
+    done = try_out(app, num_server_rounds=2, opt_in_probability=1.0)
+    assert [row["train_received"] for row in done.rows[1:]] == [3, 3]
+    assert done.rows[2]["centralized_loss"] < done.rows[0]["centralized_loss"]
+    state = torch.load(done.directory / "checkpoints" / "last.pt", weights_only=True)
+    assert any(tensor.abs().max() > 0 for tensor in state["control"].values())
+    more = try_out(app, num_server_rounds=3, opt_in_probability=1.0, resume_from=str(done.directory))
+    assert [row["train_received"] for row in more.rows[1:]] == [3, 3, 3]
