@@ -226,10 +226,11 @@ def test_masked_updates_of_another_kind_are_left_out(one_round, plain):
     assert same_bits(model, expected(plain, [0, 2, 3, 4], one_round.model))
 
 
-def test_noise_in_the_place_of_a_masked_update_ends_the_round(one_round, caplog):
+@pytest.mark.parametrize("seed", range(4))
+def test_noise_in_the_place_of_a_masked_update_ends_the_round(one_round, seed, caplog):
     def change(content) -> None:
         masked = content["arrays"]["masked"].numpy()
-        noise = np.random.default_rng(0).integers(-(2**31), 2**31, len(masked), dtype=np.int32)
+        noise = np.random.default_rng(seed).integers(-(2**31), 2**31, len(masked), dtype=np.int32)
         content["arrays"] = ArrayRecord({"masked": Array(noise)})
 
     one_round.changed(1, "train", change)
