@@ -8,8 +8,8 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 from tests.conftest import same_bits
-from tests.grid import FACTS, InProcessGrid, make_context
-from tests.recipes import changed_app
+from tests.grid import FACTS, make_context
+from tests.recipes import PacedGrid, changed_app
 from tests.test_recipes import try_out
 
 __all__ = ["try_out"]  # a fixture
@@ -25,8 +25,8 @@ class Round:
     def __init__(self, app, dataset: str) -> None:
         self.app = app
         self.settings = app.defaults | {"dataset": dataset, "partitioner": "iid", "use-wandb": False}
-        self.settings |= {"train-timeout": 1.0, "query-timeout": 0.4, "server-device": "cpu"}
-        self.grid = InProcessGrid(app.client_app.app, self.settings, NODES)
+        self.settings |= {"server-device": "cpu"}
+        self.grid = PacedGrid(app, self.settings, [0.0] * NODES)  # waiting for missing nodes takes no time
         self.mailbox = app.messaging.Mailbox(self.grid)
         self.cohort = app.messaging.connected_nodes(self.grid)
         self.model = app.task.initial_model(FACTS, 7).state_dict()
