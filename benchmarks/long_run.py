@@ -201,6 +201,8 @@ def main() -> None:
                 if "Starting round 1/" in line:
                     faults.start()
                     watch.start()
+                if "This run is finished" in line:  # an answer that Flower loses now would count as a failed run
+                    faults.ended.set()
                 if found := re.search(r"Starting round .*|Round took .*|Round \d+: left out .*", line):
                     print(f"      {found.group()}", flush=True)
             faults.ended.set()
