@@ -26,6 +26,7 @@ from typing import Any
 import datasets
 import psutil
 import torch
+from flwr.app import Error, Message
 
 from benchmarks.simulation import AppCli, FinishedRun
 from deploy.cli import command_of
@@ -155,11 +156,12 @@ def repeated(settings: dict[str, Any], missing: dict[int, set[int]], folder: Pat
     def answer(message: Any, context: Any) -> Any:
         reply = client_app.app(message, context)
         partition, server_round = int(context.node_config["partition-id"]), int(message.metadata.group_id)
-        dropped = message.metadata.message_type == "train" and partition in missing.get(server_round, ())
-        return None if dropped else reply
+        if message.metadata.message_type == "train" and partition in missing.get(server_round, ()):
+            return Message(Error(code=3, reason="left out"), reply_to=message)  # nobody waits for it
+        return reply
 
     grid.handlers = dict.fromkeys(range(NODES), answer)
-    config |= {"train-timeout": 1.0, "evaluate-every": 1000, "opt-in-probability": 0.0}  # nobody waits for long
+    config |= {"train-timeout": 600.0, "opt-in-probability": 0.0}
     for context in grid.contexts.values():
         context.run_config = config
     server_app.main(grid, make_context(config))
