@@ -186,8 +186,12 @@ def _partitions(
 def rows_of_partition(config: RunConfig, num_partitions: int, number: int) -> np.ndarray:
     """Return the numbers of the training images of one partition. Raises UserError."""
     with warnings.catch_warnings(action="ignore"):  # the partitioner warns of each retry, and raises if all fail
-        rows = partitions(config, num_partitions).load_partition(number).with_format("numpy")
-        return np.asarray(rows["row"][:], dtype=np.int64)
+        return _rows(partitions(config, num_partitions), number)
+
+
+@lru_cache(maxsize=1024)  # 8 bytes an image; asking the partitioner takes about as long as evaluating a small node
+def _rows(dealt: Partitioner, number: int) -> np.ndarray:
+    return np.asarray(dealt.load_partition(number).with_format("numpy")["row"][:], dtype=np.int64)
 
 
 def site_names(source: Source) -> list[str]:
