@@ -174,6 +174,10 @@ def test(net: nn.Module, data: Data, device: torch.device, batch_size: int = 500
     batch_size = max(1, batch_size * 32 * 32 // max(32 * 32, height * width))  # as much memory for large images
     logits = torch.cat([net(normalise(inputs.to(device))).cpu() for inputs in data.images.split(batch_size)])  # type: ignore[no-untyped-call]
     net.train(was_training)
+    if logits.shape != (expected := (len(data), len(data.class_names))):
+        raise UserError(
+            f"the model returned logits of shape {tuple(logits.shape)}, and {expected} is (images, classes)"
+        )
     losses = F.cross_entropy(logits, data.labels, reduction="none").double()
     hit = logits.argmax(1) == data.labels
     total, right = (torch.bincount(each, minlength=len(data.class_names)) for each in (data.labels, data.labels[hit]))

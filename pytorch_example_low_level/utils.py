@@ -72,14 +72,16 @@ def frozen(net: nn.Module) -> dict[str, Tensor]:
 
 
 def without_nan(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Replace numbers that are not finite by None, also in lists, since JSON has none of them."""
+    """Replace numbers that are not finite by None, also in lists, since JSON has none of them. Raises UserError."""
 
-    def known(value: float | None) -> float | None:
+    def known(name: str, value: object) -> float | None:
+        if not isinstance(value, int | float | None):
+            allowed = "allowed are numbers (of a tensor: .item()), lists of them (.tolist()), and None"
+            raise UserError(f"test() returned a {type(value).__name__} in the metric {name!r}; {allowed}")
         return value if value is not None and math.isfinite(value) else None
 
-    return {
-        name: [known(v) for v in value] if isinstance(value, list) else known(value) for name, value in metrics.items()
-    }
+    each = metrics.items()
+    return {n: [known(n, v) for v in value] if isinstance(value, list) else known(n, value) for n, value in each}
 
 
 def log_environment() -> None:
@@ -263,6 +265,8 @@ def load_state(directory: Path, identity: dict[str, Any]) -> ServerState:
     if changed:
         what = f"resume-from: the run in {directory} had other settings. Use the same ones again:"
         lines = [f"  - {key}: {then.get(key, 'nothing')!r} then, {now.get(key, 'nothing')!r} now" for key in changed]
+        if "data" in changed:
+            lines.append("  data is a digest of what dataset holds, so check dataset first.")
         raise UserError("\n".join([what, *lines]))
     log.info("📂 Resuming after round %s", state.server_round)
     return state
@@ -353,7 +357,7 @@ class Recorder:
             fault = self.state.last_fault or "none"
             raise UserError(f"Nothing was learned: no round had a usable TRAIN reply. The last fault: {fault}")
         replace_file(self.directory / "final_model.pt", lambda file: torch.save(self.state.model, file))
-        log.info("This run is finished: %s rounds. For more, raise num-server-rounds.", self.state.server_round)
+        log.info("This run is finished after round %s. For more, raise num-server-rounds.", self.state.server_round)
         self.finished = True
 
     def close(self) -> None:
@@ -423,9 +427,12 @@ def plot_results(results: Sequence[Row], facts: Mapping[str, Any], score: str) -
     names.sort(key=lambda name: name != score)
     height = max(1, math.ceil(len(names) / 3))
     figure = Figure(figsize=(16, 4.5 * height), layout="constrained")
-    for axes, name in zip(figure.subplots(height, 3, squeeze=False).flat, names, strict=False):
+    grid = figure.subplots(height, 3, squeeze=False).flat
+    for spare in grid[len(names) :]:
+        spare.remove()
+    for axes, name in zip(grid, names, strict=False):
         rounds, central = curve(f"centralized_{name}")
-        axes.set(xlabel="round", ylabel=name, title=name.replace("_", " ").capitalize())
+        axes.set(xlabel="round", title=name.replace("_", " ").capitalize())
         axes.locator_params(axis="x", integer=True)
         if central.ndim == 2:
             extent = (rounds[0] - 0.5, rounds[-1] + 0.5, central.shape[1] - 0.5, -0.5)
@@ -438,6 +445,7 @@ def plot_results(results: Sequence[Row], facts: Mapping[str, Any], score: str) -
                 names_shown = [name[:MAX_NAME] for name in element_names(central[0], facts)]
                 axes.set_yticks(range(central.shape[1]), names_shown, parse_math=False)
             continue
+        axes.set_ylabel(name)
         # Okabe and Ito's colours; lines and markers differ, too.
         axes.plot(rounds, central, color="#0072B2", marker="o", label="central (test split)")
         rounds, mean = curve(f"federated_evaluate_{name}")

@@ -145,7 +145,7 @@ def test_a_finished_run_says_so_and_makes_up_for_what_is_missing_even_after_a_cr
             break
     assert write >= 6
     assert "📂 Resuming after round 2" in caplog.messages
-    assert "This run is finished: 2 rounds. For more, raise num-server-rounds." in caplog.messages
+    assert "This run is finished after round 2. For more, raise num-server-rounds." in caplog.messages
 
 
 def test_more_rounds_than_were_first_asked_for(app, whole):
@@ -221,6 +221,8 @@ def test_changed_settings_are_refused_with_what_they_were(app):
     keys = {key.replace("_", "-"): value for key, value in changed.items()}
     assert differences == [f"  - {key}: {then[key]!r} then, {value!r} now" for key, value in keys.items()]
     assert {p: p.read_bytes() for p in directory.rglob("*") if p.is_file()} == before
+    with pytest.raises(UserError, match=r"- data: '\w+' then, '\w+' now\n  data is a digest of what dataset holds"):
+        app.run(num_server_rounds=2, resume_from=str(directory), dataset=images.BUNDLED)
     with pytest.raises(UserError, match=r"split for 5 simulated nodes, and now there are 6.*num-supernodes=5 "):
         app.run(app.grid(num_nodes=6), num_server_rounds=2, resume_from=str(directory), node_wait_timeout=0.2)
     assert len(results(directory)) == 2

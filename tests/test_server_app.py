@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MessageType, MetricRecord, RecordDict
@@ -455,6 +456,15 @@ def test_a_central_figure_that_is_no_number_is_null(monkeypatch, caplog):
             "loss": recorded, "accuracy": 0.25, "auc": None, "accuracy_per_class": [0.5, None, None],
         }  # fmt: skip
     assert lines_of(caplog, "INFO")[-1] == "💡 Centrally evaluated model -> loss:  0.5000 /  accuracy:  0.2500"
+
+
+@pytest.mark.parametrize("value", [torch.tensor(0.5), np.float32(0.5), [0.5, torch.tensor(0.5)], "0.5"])
+def test_a_metric_that_cannot_be_recorded_is_named_before_anything_is_committed(monkeypatch, value):
+    """A tensor would otherwise reach the checkpoint, and fail in results.json."""
+    net = torch.nn.Linear(2, 2)
+    monkeypatch.setattr(task, "test", lambda *args: {"loss": 1.0, "accuracy": 0.5, "recall": value})
+    with pytest.raises(UserError, match=r"test\(\) returned a (Tensor|float32|str) in the metric 'recall'.*item\(\)"):
+        evaluate_centrally(net, net.state_dict(), None, torch.device("cpu"))
 
 
 def test_the_central_evaluation_is_of_the_model_it_is_given(monkeypatch):

@@ -181,6 +181,14 @@ def test_a_label_outside_the_classes_is_refused():
             train(Constant(), black([0, label]), logit_adjustment=1.0)
 
 
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_a_model_with_another_number_of_logits_is_refused(outputs):
+    """Training would add the adjustment to a single logit, and go on."""
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(28 * 28, outputs))
+    with pytest.raises(UserError, match=rf"logits of shape \(2, {outputs}\), and \(2, 2\) is \(images, classes\)"):
+        task.test(net, black([0, 1]), CPU)
+
+
 def test_training_has_the_same_bits_for_the_same_seed():
     data = split(30)
 
