@@ -76,7 +76,9 @@ def with_lines(source: str, diff: str) -> str:
         old = "".join(line or "\n" for sign, line in lines if sign != "+")
         new = "".join(line or "\n" for sign, line in lines if sign != "-")
         if source.count(old) != 1:
-            raise RecipeError(f"these lines are in it {source.count(old)} times, and not once:\n{old}")
+            raise RecipeError(f"these lines must occur once, and they occur {source.count(old)} times:\n{old}")
+        if old in new and new in source:  # lines that are only added
+            raise RecipeError(f"these lines are already in it:\n{new}")
         source = source.replace(old, new)
     return source
 
@@ -119,10 +121,9 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="show names, pages and files, and change nothing")
     args = parser.parse_args()
     if args.list:
-        for page, text in sorted(PAGES.items()):
-            for recipe in dict.fromkeys(match[0] for match in BLOCK.findall(text)):
-                files = dict.fromkeys(block.file for block in all_blocks()[recipe])
-                print(f"{recipe:16} docs/recipes/{page:24} {', '.join(files)}")
+        for recipe, blocks in all_blocks().items():
+            page = next(page for page, text in sorted(PAGES.items()) if f"<!-- {recipe}:" in text)
+            print(f"{recipe:16} docs/recipes/{page:24} {', '.join(dict.fromkeys(block.file for block in blocks))}")
     elif not args.name:
         parser.error("give the name of a recipe, or --list")
     else:

@@ -615,7 +615,7 @@ def command(*args: object) -> subprocess.CompletedProcess:
 
 
 def test_the_command_that_applies_a_recipe(copy):
-    assert {line.split()[0] for line in command("--list").stdout.splitlines()} == RECIPES.keys()
+    assert sorted(line.split()[0] for line in command("--list").stdout.splitlines()) == sorted(RECIPES)
     assert command("fedprox", copy).returncode == 0
     assert "proximal-mu = 0.01" in (copy / "pyproject.toml").read_text()
     assert "config.proximal_mu" in (copy / "pytorch_example_low_level" / "task.py").read_text()
@@ -631,6 +631,12 @@ def test_a_recipe_that_does_not_fit_changes_nothing(copy):
     assert "fedprox does not fit" in done.stderr
     assert "momentum = 0.9" in done.stderr
     assert {file: file.read_text() for file in copy.rglob("*.*")} == before
+
+
+def test_a_recipe_that_only_adds_lines_is_applied_once(copy):
+    apply("balanced", copy)
+    with pytest.raises(RecipeError, match=r"already in it:\n.*balanced_accuracy"):
+        apply("balanced", copy)
 
 
 def test_what_the_command_refuses(copy, tmp_path):
