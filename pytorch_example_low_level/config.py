@@ -174,7 +174,7 @@ class RunConfig(BaseModel):
                 for fault in error.errors()
             ]
             # The path shows whether another copy of the app is running.
-            raise UserError("\n".join([f"Wrong run configuration (checked in {__file__}):", *faults])) from error
+            raise UserError("\n".join([f"Wrong run configuration (checked in {__file__}):", *faults])) from None
 
 
 # What random numbers are used for. Each purpose has its own streams.

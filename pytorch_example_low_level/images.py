@@ -285,7 +285,7 @@ def class_folders(folder: Path, files: list[Path], *, of_node: bool) -> Source:
     if not files or odd or (nested if of_node else not are_splits or len(roots) != len(tops)):
         example = "<class>/1.png" if of_node else "train/<class>/1.png and test/<class>/2.png"
         some = [file.relative_to(folder).as_posix() for file in (odd or files)[:5]]
-        of_which = f", of which {len(odd)} are no images in class folders" if odd else ""
+        of_which = f", {len(odd)} of them outside a class folder or not an image" if odd else ""
         hint = ". Its folders are splits: give data-path the folder train" if of_node and nested else ""
         raise UserError(
             f"{folder} has {len(files)} files{of_which}: {some}. Expected are only images "

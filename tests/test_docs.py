@@ -200,7 +200,7 @@ def test_the_configuration_tables_are_those_of_the_code():
 
 def test_the_keys_that_may_change_on_resuming_are_listed():
     text = section(REFERENCE, "## Resuming a run")
-    listed = set(re.findall(r"`([a-z-]+)`", text.split("These keys may change:")[1].split("All others")[0]))
+    listed = set(re.findall(r"`([a-z-]+)`", text.split("These keys may change:")[1].split("All other keys")[0]))
     operational = {name.replace("_", "-") for name in OPERATIONAL}
     assert listed == operational - {"resume-from"}
 

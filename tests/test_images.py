@@ -134,7 +134,11 @@ def animate(folder: Path) -> None:
 
 
 BAD: dict[str, tuple[list[str], Callable[[Path], object], str]] = {
-    "an image beside the classes": (["a/1.png", "b.png"], str, r"1 are no images in class folders: \['b.png'\]"),
+    "an image beside the classes": (
+        ["a/1.png", "b.png"],
+        str,
+        r"1 of them outside a class folder or not an image: \['b.png'\]",
+    ),
     "a table of labels": (["images/1.png", "images/2.png"], write("labels.csv"), r"labels\.csv"),
     "an archive": (["a/1.png"], lambda f: shutil.make_archive(str(f / "b"), "zip", f / "a"), r"b\.zip"),
     "a note in a class": (["a/1.png"], write("a/notes.txt"), r"a/notes\.txt"),
@@ -230,7 +234,10 @@ def test_a_class_called_test_stays_in_its_split(tmp_path):
 @pytest.mark.parametrize(
     ("names", "said"),
     [
-        (["train/1.png", "train/2.png", "test/3.png"], "3 are no images in class folders"),  # and labels in a table
+        (
+            ["train/1.png", "train/2.png", "test/3.png"],
+            "3 of them outside a class folder or not an image",
+        ),  # and labels in a table
         (["train/a/1.png", "test/a/2.png"], "2 images and 1 classes"),
         (["train/a/1.png", "test/b/2.png"], "2 images and 2 classes"),
         (["train/a/1.png", "train/b/2.png", "train/overview.png", "test/a/3.png"], r"\['train/overview.png'\]"),
