@@ -39,7 +39,7 @@ NODES = 3
 EVERY = 20  # seconds between two faults
 SETTINGS: dict[str, Any] = {
     "partitioner": "iid", "fraction_clients_train": 1.0, "opt_in_probability": 1.0, "query_max_delay": 0.0,
-    "query_timeout": 30.0, "train_timeout": 30.0, "evaluate_timeout": 30.0, "evaluate_every": 10,
+    "query_timeout": 60.0, "train_timeout": 60.0, "evaluate_timeout": 60.0, "evaluate_every": 10,
     "min_available_nodes": NODES, "node_wait_timeout": 300.0, "use_wandb": False,
 }  # fmt: skip
 

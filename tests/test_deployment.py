@@ -102,7 +102,7 @@ def training(federation: Federation, run_id: str, server_round: int) -> int:
 
 def interrupt(federation: Federation, how: str, run_id: str, server_round: int) -> None:
     """Stop a run, and wait until no process of it is left. Killing the SuperLink also kills the ServerApp."""
-    if how == "kill the SuperLink":
+    if how.startswith("kill the SuperLink"):
         kill_superlink(federation)
         return
     # Two nodes train. A ClientApp whose run ends while its message is on the way waits for it for ever (flwr 1.41).
@@ -118,18 +118,19 @@ def interrupt(federation: Federation, how: str, run_id: str, server_round: int) 
 
 
 def start_and_interrupt(federation: Federation, how: str, server_round: int, **settings) -> FinishedRun:
-    """Start a run, and interrupt it in a round."""
-    log = ""
+    """Start a run, and interrupt it in a phase of a round."""
+    log, begun = "", f"Starting round {server_round}/"
     for line in flower(federation).log_of(**settings):
         log += re.sub(r"\x1b\[\d+m", "", line)
-        if f"Starting round {server_round}/" in line:
+        if begun in log and PHASE.get(how, begun) in line:
             interrupt(federation, how, re.search(r"Successfully started run (\d+)", log).group(1), server_round)
             return flower(federation).finished(log)
     raise AssertionError(f"the run ended by itself:\n{log}")
 
 
-# How a run is interrupted, and in which round.
-INTERRUPTIONS = {"SIGTERM": 1, "flwr stop": 2, "kill the SuperLink": 2}
+# How a run is interrupted, and in which round; the line of the log after which it is, if it is not in TRAIN.
+INTERRUPTIONS = {"SIGTERM": 1, "flwr stop": 2, "kill the SuperLink": 2, "kill the SuperLink in QUERY": 2}
+PHASE = {"kill the SuperLink in QUERY": "Centrally evaluated model"}
 STATUS = {"SIGTERM": "finished:failed", "flwr stop": "finished:stopped"}
 
 
@@ -138,16 +139,16 @@ def resumed(federation, tmp_path_factory, settings, with_a_dead_node):
     """A run that is interrupted and resumed again and again.
 
     Meanwhile four intruders try to get in. Returns the run, what it had committed at each
-    interruption, the status that Flower then gave it, the intruders' exit codes and what they printed.
+    interruption, the status that Flower then gave it, its log, the intruders' exit codes and what they printed.
     """
     folder = tmp_path_factory.mktemp("intruders")
     intruders = start_intruders(federation, folder)
-    directory, committed, statuses = "", {}, {}
+    directory, committed, statuses, logs = "", {}, {}, {}
     try:
         for how, server_round in INTERRUPTIONS.items():
             interrupted = start_and_interrupt(federation, how, server_round, **settings, resume_from=str(directory))
             directory, statuses[how] = interrupted.directory, interrupted.status
-            committed[how] = interrupted.results
+            committed[how], logs[how] = interrupted.results, interrupted.log
         run = flower(federation).run(**settings, resume_from=str(directory))
         exits = {name: process.poll() for name, process in intruders.items()}
         assert federation.online() == NODES
@@ -155,7 +156,7 @@ def resumed(federation, tmp_path_factory, settings, with_a_dead_node):
         for process in intruders.values():
             stop(process)
     assert run.status == "finished:completed", run.log
-    return run, committed, statuses, exits, {name: (folder / f"{name}.log").read_text() for name in intruders}
+    return run, committed, statuses, logs, exits, {name: (folder / f"{name}.log").read_text() for name in intruders}
 
 
 def start_intruders(federation: Federation, folder: Path) -> dict[str, subprocess.Popen]:
@@ -182,7 +183,7 @@ def start_intruders(federation: Federation, folder: Path) -> dict[str, subproces
 
 @pytest.mark.parametrize("name", INTRUDERS)
 def test_nobody_gets_in_and_the_run_goes_on_with_the_rest(resumed, name):
-    run, _, _, exits, logs = resumed
+    run, _, _, _, exits, logs = resumed
     assert "Failed to initialize the connection to the SuperLink" in logs[name]
     assert INTRUDERS[name] in logs[name]
     assert exits[name] == 1
@@ -191,13 +192,16 @@ def test_nobody_gets_in_and_the_run_goes_on_with_the_rest(resumed, name):
 
 @pytest.mark.parametrize("how", INTERRUPTIONS)
 def test_an_interruption_loses_no_committed_round(resumed, how):
-    run, committed, statuses, _, _ = resumed
+    run, committed, statuses, logs, *_ = resumed
     assert len(committed[how]) == INTERRUPTIONS[how]  # round 0 has a row, too
     assert committed[how] == run.results[: INTERRUPTIONS[how]]
     if how in STATUS:
         assert statuses[how] == STATUS[how]
     else:  # a SuperLink that was killed may not know
         assert statuses[how] != "finished:completed"
+    if how in PHASE:
+        assert PHASE[how] in logs[how].partition("Starting round 2/")[2]
+        assert "results (QUERY)" not in logs[how]
 
 
 def test_a_run_over_tls_that_was_interrupted_is_bit_identical_to_one_in_process(resumed, app, settings):
