@@ -3,7 +3,7 @@
     python -m benchmarks.long_run --rounds 50
 
 Each of three SuperNodes is behind a proxy. The faults are drawn from a seed. At the end, the run is repeated in this
-process with the same replies left out, and must have the same bits. Fifty rounds take about half an hour.
+process with the same replies left out, and must have the same bits. Fifty rounds take 30 to 50 minutes.
 """
 
 from __future__ import annotations
