@@ -635,13 +635,13 @@ def test_a_recipe_that_does_not_fit_changes_nothing(copy):
 
 def test_a_recipe_that_only_adds_lines_is_applied_once(copy):
     apply("balanced", copy)
-    with pytest.raises(RecipeError, match=r"already in it:\n.*balanced_accuracy"):
+    with pytest.raises(RecipeError, match=r"(?s)already in it:\n.*balanced_accuracy"):
         apply("balanced", copy)
 
 
 def test_what_the_command_refuses(copy, tmp_path):
     apply("fedprox", copy)
-    with pytest.raises(RecipeError, match=r"does not fit .* 0 times"):
+    with pytest.raises(RecipeError, match=r"does not fit .* already in it"):
         apply("fedprox", copy)  # it is there already
     with pytest.raises(RecipeError, match="there is no recipe 'fedprix'"):
         apply("fedprix", copy)
