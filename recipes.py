@@ -29,6 +29,7 @@ BLOCK = re.compile(r"<!-- ([\w-]+): ([\w./]+) -->\n+```(\w+)\n(.*?)```", re.DOTA
 class Block(NamedTuple):
     """A change to one file."""
 
+    page: str
     recipe: str
     file: str
     language: str
@@ -42,9 +43,9 @@ class RecipeError(Exception):
 def all_blocks() -> dict[str, list[Block]]:
     """Return the blocks of each recipe, in the order of the pages."""
     found: dict[str, list[Block]] = {}
-    for _, page in sorted(PAGES.items()):
-        for match in BLOCK.findall(page):
-            found.setdefault(match[0], []).append(Block(*match))
+    for page, text in sorted(PAGES.items()):
+        for match in BLOCK.findall(text):
+            found.setdefault(match[0], []).append(Block(page, *match))
     return found
 
 
@@ -76,7 +77,7 @@ def with_lines(source: str, diff: str) -> str:
         old = "".join(line or "\n" for sign, line in lines if sign != "+")
         new = "".join(line or "\n" for sign, line in lines if sign != "-")
         if source.count(old) != 1:
-            raise RecipeError(f"these lines must occur once, and they occur {source.count(old)} times:\n{old}")
+            raise RecipeError(f"these lines must occur exactly once, but occur {source.count(old)} times:\n{old}")
         if old in new and new in source:  # lines that are only added
             raise RecipeError(f"these lines are already in it:\n{new}")
         source = source.replace(old, new)
@@ -122,8 +123,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.list:
         for recipe, blocks in all_blocks().items():
-            page = next(page for page, text in sorted(PAGES.items()) if f"<!-- {recipe}:" in text)
-            print(f"{recipe:16} docs/recipes/{page:24} {', '.join(dict.fromkeys(block.file for block in blocks))}")
+            files = dict.fromkeys(block.file for block in blocks)
+            print(f"{recipe:16} docs/recipes/{blocks[0].page:24} {', '.join(files)}")
     elif not args.name:
         parser.error("give the name of a recipe, or --list")
     else:

@@ -175,9 +175,7 @@ def test(net: nn.Module, data: Data, device: torch.device, batch_size: int = 500
     logits = torch.cat([net(normalise(inputs.to(device))).cpu() for inputs in data.images.split(batch_size)])  # type: ignore[no-untyped-call]
     net.train(was_training)
     if logits.shape != (expected := (len(data), len(data.class_names))):
-        raise UserError(
-            f"the model returned logits of shape {tuple(logits.shape)}, and {expected} is (images, classes)"
-        )
+        raise UserError(f"the model returned {tuple(logits.shape)} logits; expected (images, classes): {expected}")
     losses = F.cross_entropy(logits, data.labels, reduction="none").double()
     hit = logits.argmax(1) == data.labels
     total, right = (torch.bincount(each, minlength=len(data.class_names)) for each in (data.labels, data.labels[hit]))

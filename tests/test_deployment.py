@@ -138,17 +138,16 @@ STATUS = {"SIGTERM": "finished:failed", "flwr stop": "finished:stopped"}
 def resumed(federation, tmp_path_factory, settings, with_a_dead_node):
     """A run that is interrupted and resumed again and again.
 
-    Meanwhile four intruders try to get in. Returns the run, what it had committed at each
-    interruption, the status that Flower then gave it, its log, the intruders' exit codes and what they printed.
+    Meanwhile four intruders try to get in. Returns the run, what was interrupted and what
+    it had committed by then, the intruders' exit codes and what they printed.
     """
     folder = tmp_path_factory.mktemp("intruders")
     intruders = start_intruders(federation, folder)
-    directory, committed, statuses, logs = "", {}, {}, {}
+    directory, interrupted, committed = "", {}, {}
     try:
         for how, server_round in INTERRUPTIONS.items():
-            interrupted = start_and_interrupt(federation, how, server_round, **settings, resume_from=str(directory))
-            directory, statuses[how] = interrupted.directory, interrupted.status
-            committed[how], logs[how] = interrupted.results, interrupted.log
+            part = start_and_interrupt(federation, how, server_round, **settings, resume_from=str(directory))
+            directory, interrupted[how], committed[how] = part.directory, part, part.results  # read now: they grow
         run = flower(federation).run(**settings, resume_from=str(directory))
         exits = {name: process.poll() for name, process in intruders.items()}
         assert federation.online() == NODES
@@ -156,7 +155,7 @@ def resumed(federation, tmp_path_factory, settings, with_a_dead_node):
         for process in intruders.values():
             stop(process)
     assert run.status == "finished:completed", run.log
-    return run, committed, statuses, logs, exits, {name: (folder / f"{name}.log").read_text() for name in intruders}
+    return run, interrupted, committed, exits, {name: (folder / f"{name}.log").read_text() for name in intruders}
 
 
 def start_intruders(federation: Federation, folder: Path) -> dict[str, subprocess.Popen]:
@@ -183,7 +182,7 @@ def start_intruders(federation: Federation, folder: Path) -> dict[str, subproces
 
 @pytest.mark.parametrize("name", INTRUDERS)
 def test_nobody_gets_in_and_the_run_goes_on_with_the_rest(resumed, name):
-    run, _, _, _, exits, logs = resumed
+    run, _, _, exits, logs = resumed
     assert "Failed to initialize the connection to the SuperLink" in logs[name]
     assert INTRUDERS[name] in logs[name]
     assert exits[name] == 1
@@ -192,16 +191,16 @@ def test_nobody_gets_in_and_the_run_goes_on_with_the_rest(resumed, name):
 
 @pytest.mark.parametrize("how", INTERRUPTIONS)
 def test_an_interruption_loses_no_committed_round(resumed, how):
-    run, committed, statuses, logs, *_ = resumed
+    run, interrupted, committed, _, _ = resumed
     assert len(committed[how]) == INTERRUPTIONS[how]  # round 0 has a row, too
     assert committed[how] == run.results[: INTERRUPTIONS[how]]
     if how in STATUS:
-        assert statuses[how] == STATUS[how]
+        assert interrupted[how].status == STATUS[how]
     else:  # a SuperLink that was killed may not know
-        assert statuses[how] != "finished:completed"
+        assert interrupted[how].status != "finished:completed"
     if how in PHASE:
-        assert PHASE[how] in logs[how].partition("Starting round 2/")[2]
-        assert "results (QUERY)" not in logs[how]
+        assert PHASE[how] in interrupted[how].log.partition("Starting round 2/")[2]
+        assert "results (QUERY)" not in interrupted[how].log
 
 
 def test_a_run_over_tls_that_was_interrupted_is_bit_identical_to_one_in_process(resumed, app, settings):

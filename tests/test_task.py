@@ -185,7 +185,7 @@ def test_a_label_outside_the_classes_is_refused():
 def test_a_model_with_another_number_of_logits_is_refused(outputs):
     """Training would add the adjustment to a single logit, and go on."""
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(28 * 28, outputs))
-    with pytest.raises(UserError, match=rf"logits of shape \(2, {outputs}\), and \(2, 2\) is \(images, classes\)"):
+    with pytest.raises(UserError, match=rf"returned \(2, {outputs}\) logits; expected \(images, classes\): \(2, 2\)"):
         task.test(net, black([0, 1]), CPU)
 
 
