@@ -6,7 +6,6 @@ follow in the order of the round. `messaging.py` sends their messages and checks
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from datetime import timedelta
 from itertools import count
 from typing import Any
 
@@ -14,13 +13,13 @@ import numpy as np
 import torch
 from flwr.app import ConfigRecord, Context, MessageType, RecordDict
 from flwr.serverapp import Grid, ServerApp
-from torch import nn
 
-from pytorch_example_low_level import messaging, task, utils
+from pytorch_example_low_level import figures, messaging, task, utils
 from pytorch_example_low_level.config import CODE, Purpose, RunConfig, UserError, log, random_stream
+from pytorch_example_low_level.figures import Report, Row
 from pytorch_example_low_level.messaging import Batch, Mailbox, Node
 from pytorch_example_low_level.task import SCORE, Metrics, StateDict
-from pytorch_example_low_level.utils import Report, Row, open_run
+from pytorch_example_low_level.utils import ServerState, open_run
 
 BLOCK = 2**15  # numbers that are added at a time: in double precision, they fit in the cache
 SETTLE = 0.5  # seconds without a new node after which all are assumed to be connected
@@ -37,14 +36,13 @@ def main(grid: Grid, context: Context) -> None:
     device = task.pick_device(config.server_device)
     task.make_gpu_repeatable()
     test_data = task.load_test_data(config)
-    net = task.initial_model(test_data.facts, config.seed)
-    frozen = utils.frozen(net).keys()
+    start, frozen = first_state(config, test_data)
 
-    with open_run(config, context.run_id, net, test_data.facts, test_data.fingerprint(), SCORE) as recorder:
+    with open_run(config, context.run_id, start, test_data.facts, SCORE) as recorder:
         state, mailbox = recorder.state, Mailbox(grid)
         if state.server_round < 0:  # a new run: round 0 is the initial model
-            metrics = evaluate_centrally(net, state.model, test_data, device)
-            recorder.commit(utils.new_row(utils.result_keys(metrics, SCORE), 0) | utils.centralized(metrics))
+            metrics = evaluate_centrally(state.model, test_data, config, device)
+            recorder.commit(figures.new_row(figures.result_keys(metrics, SCORE), 0) | figures.centralized(metrics))
 
         nodes: list[Node] = []
         for server_round in range(state.server_round + 1, config.num_server_rounds + 1):
@@ -52,7 +50,7 @@ def main(grid: Grid, context: Context) -> None:
             log.info("🔄 Starting round %s/%s", server_round, config.num_server_rounds)
             whole_round, stopwatch = utils.Stopwatch(), utils.Stopwatch()
             lr = utils.learning_rate(config, server_round)
-            row = utils.new_row(state.results[-1], server_round, lr)
+            row = figures.new_row(state.results[-1], server_round, lr)
             reports: list[Report] = []
 
             # --- 0. Nodes: wait for them, and sample the cohort that trains in this round
@@ -77,8 +75,8 @@ def main(grid: Grid, context: Context) -> None:
             queries = None
             if server_round % config.evaluate_every == 0 or server_round == config.num_server_rounds:
                 queries = send_queries(mailbox, sample_asked(nodes, config, server_round), server_round, config)
-            metrics = evaluate_centrally(net, state.model, test_data, device)
-            row |= utils.centralized(metrics) | {"seconds_central": stopwatch.lap()}
+            metrics = evaluate_centrally(state.model, test_data, config, device)
+            row |= figures.centralized(metrics) | {"seconds_central": stopwatch.lap()}
             if recorder.is_best(row):
                 log.info("🎉 New best global model found: %f", metrics[SCORE])
 
@@ -94,9 +92,15 @@ def main(grid: Grid, context: Context) -> None:
 
             # --- 6. Record: from here on, the round survives a crash
             recorder.commit(row | {"seconds_total": whole_round.lap()} | mailbox.traffic(), reports)
-            log.info("⏱️ %s", time_summary(state.results, rounds_left=config.num_server_rounds - server_round))
+            log.info("⏱️ %s", figures.time_summary(state.results, rounds_left=config.num_server_rounds - server_round))
 
         recorder.finish()
+
+
+def first_state(config: RunConfig, test_data: task.Data) -> tuple[ServerState, set[str]]:
+    """Return the state of a new run, and the names of the frozen parameters. The network is not kept in memory."""
+    net = task.initial_model(test_data.facts, config.seed)
+    return utils.first_state(config, net, test_data.facts, test_data.fingerprint(), SCORE), set(utils.frozen(net))
 
 
 # ------------------------------------------------------------------------------- 0. Nodes
@@ -182,6 +186,7 @@ def train(
             losses.append(loss)
             weights.append(num_examples)
             yield arrays, num_examples
+            del arrays  # here and in weighted_mean: its memory is free before the next one is fetched
 
     mean = weighted_mean(updates(), like=model)
     log.info("📥 Received %s/%s results (TRAIN)", batch.received, len(cohort))
@@ -202,10 +207,11 @@ def weighted_mean(updates: Iterable[tuple[StateDict, int]], like: StateDict) -> 
     total = 0
     for arrays, num_examples in updates:
         total += num_examples
-        for name, tensor in arrays.items():
-            flat, running = tensor.numpy().reshape(-1), sums[name]
+        for name, running in sums.items():
+            flat = arrays[name].numpy().reshape(-1)
             for i in range(0, len(flat), BLOCK):
                 running[i : i + BLOCK] += np.multiply(flat[i : i + BLOCK], num_examples, dtype=running.dtype)
+        del arrays
     if not total:
         return None
     means = {n: torch.from_numpy(np.divide(s, total, out=s)).view(like[n].shape) for n, s in sums.items()}
@@ -216,13 +222,14 @@ def weighted_mean(updates: Iterable[tuple[StateDict, int]], like: StateDict) -> 
 # ------------------------------------------------------------------ 3. Central evaluation
 
 
-def evaluate_centrally(net: nn.Module, model: StateDict, test_data: task.Data, device: torch.device) -> Metrics:
+def evaluate_centrally(model: StateDict, test_data: task.Data, config: RunConfig, device: torch.device) -> Metrics:
     """Evaluate the global model on the server's data; return the metrics, None for a number that is not finite."""
+    net = task.initial_model(test_data.facts, config.seed)
     net.load_state_dict(model)
     metrics = task.test(net, test_data, device)
     numbers = [f"{name}: {value:7.4f}" for name, value in metrics.items() if isinstance(value, int | float)]
     log.info("💡 Centrally evaluated model -> %s", " /  ".join(numbers))
-    return utils.without_nan(metrics)
+    return figures.without_nan(metrics)
 
 
 # ------------------------------------------------------------------------------- 4. QUERY
@@ -273,7 +280,7 @@ def evaluate(
     log.info("📊 Federated evaluation -> %s", " / ".join(numbers) or "no node took part")
     # A mean hides the nodes for which the model does not work, so the tail is also recorded.
     if scores := [report[SCORE] for report in reports if report[SCORE] is not None]:
-        row |= {f"federated_evaluate_{SCORE}_{k}": float(np.percentile(scores, q)) for k, q in utils.TAIL.items()}
+        row |= {f"federated_evaluate_{SCORE}_{k}": float(np.percentile(scores, q)) for k, q in figures.TAIL.items()}
     return reports, row
 
 
@@ -288,13 +295,3 @@ def weighted_mean_std(values: Sequence[Any], weights: Sequence[int]) -> tuple[An
         return [mean for mean, _ in pairs], [std for _, std in pairs]
     mean = np.average(values, weights=weights)
     return float(mean), float(np.average((np.array(values) - mean) ** 2, weights=weights) ** 0.5)
-
-
-def time_summary(results: Sequence[Row], rounds_left: int) -> str:
-    """Return the time and traffic of the last round, and the time of the rest at the median pace after round 1."""
-    row, names = results[-1], ("nodes", "train", "central", "query", "evaluate")
-    phases = [f"{name} {row[f'seconds_{name}']:.1f}" for name in names if row[f"seconds_{name}"] is not None]
-    pace = np.median([each["seconds_total"] for each in results[2:] or results[1:]])  # round 0 has no time
-    left = timedelta(seconds=round(float(pace) * rounds_left))
-    traffic = f"{row['megabytes_sent']:.1f} MB sent, {row['megabytes_received']:.1f} MB received"
-    return f"Round took {row['seconds_total']:.1f} s ({', '.join(phases)}), {traffic}; about {left} left"

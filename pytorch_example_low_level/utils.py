@@ -1,4 +1,4 @@
-"""The learning-rate schedule, the times of a round, and the run directory: checkpoints, results.json, plot, W&B.
+"""The learning-rate schedule, the stopwatch, and the run directory: checkpoints, results.json, plot, W&B.
 
 Every file is replaced as a whole, so after a crash at any time it is complete, old or new.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import shlex
 import sys
@@ -23,65 +22,24 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from pytorch_example_low_level import __version__
 from pytorch_example_low_level.config import OPERATIONAL, RunConfig, UserError, explained, log, one_line
+from pytorch_example_low_level.figures import Report, Row, element_names, plot_results
 
 if TYPE_CHECKING:
     import wandb
-    from matplotlib.figure import Figure
 
-Row = dict[str, Any]  # one round in results.json
-Report = dict[str, Any]  # the evaluation of one node: its name, number of examples and metrics
-TAIL = {"min": 0, "p10": 10, "median": 50}  # percentiles of the nodes' scores
-MAX_NAME = 20  # characters of a name in the plot
 PLOT_EVERY = 30  # seconds between two drawings during a run
-
-
-def result_keys(metrics: Iterable[str], score: str) -> list[str]:
-    """Return the keys of a round in results.json, in order. A value that a round does not have is None."""
-    return [
-        "round", "lr", "nodes_available", "train_sampled", "train_received", "train_failed", "train_rejected",
-        "train_loss", *(f"centralized_{name}" for name in metrics),
-        "query_sent", "query_received", "opted_in", "evaluate_received", "evaluate_failed",
-        *(f"federated_evaluate_{name}{suffix}" for name in metrics for suffix in ("", "_std")),
-        *(f"federated_evaluate_{score}_{tail}" for tail in TAIL),
-        "seconds_nodes", "seconds_train", "seconds_central", "seconds_query", "seconds_evaluate", "seconds_total",
-        "megabytes_sent", "megabytes_received",
-    ]  # fmt: skip
-
-
-def new_row(keys: Iterable[str], server_round: int, lr: float | None = None) -> Row:
-    """Return the row of results.json for a round that has no results yet."""
-    return dict.fromkeys(keys) | {"round": server_round, "lr": lr}
-
-
-def centralized(metrics: Mapping[str, Any]) -> Row:
-    """Return what results.json has of a central evaluation."""
-    return {f"centralized_{name}": value for name, value in metrics.items()}
 
 
 def frozen(net: nn.Module) -> dict[str, Tensor]:
     """Return the parameters that training cannot change, by all their names. They are the same in every new model."""
     tensors = net.state_dict(keep_vars=True)
     return {n: t.detach() for n, t in tensors.items() if isinstance(t, nn.Parameter) and not t.requires_grad}
-
-
-def without_nan(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Replace numbers that are not finite by None, also in lists, since JSON has none of them. Raises UserError."""
-
-    def known(name: str, value: object) -> float | None:
-        if not isinstance(value, int | float | None):
-            allowed = "allowed are numbers (of a tensor: .item()), lists of them (.tolist()), and None"
-            raise UserError(f"test() returned a {type(value).__name__} in the metric {name!r}; {allowed}")
-        return value if value is not None and math.isfinite(value) else None
-
-    each = metrics.items()
-    return {n: [known(n, v) for v in value] if isinstance(value, list) else known(n, value) for n, value in each}
 
 
 def log_environment() -> None:
@@ -190,14 +148,12 @@ def load_model(name: str, net: nn.Module) -> None:
 # -------------------------------------------------------------------------- Run directory
 
 
-@contextmanager
-def open_run(
-    config: RunConfig, run_id: int, net: nn.Module, facts: Mapping[str, Any], fingerprint: str, score: str
-) -> Iterator[Recorder]:
-    """Begin a new run in a new directory, from `initial-model` if there is one, or continue that of `resume-from`.
+def first_state(
+    config: RunConfig, net: nn.Module, facts: Mapping[str, Any], fingerprint: str, score: str
+) -> ServerState:
+    """Return the state of a new run, which begins with `net`, or with `initial-model` if there is one.
 
-    Facts and fingerprint are those of the server's data. Raises UserError when the directory cannot be written,
-    is in use by another run, or belongs to a run with other settings.
+    Facts and fingerprint are those of the server's data. Raises UserError.
     """
     if config.initial_model and not config.resume_from:
         load_model(config.initial_model, net)
@@ -209,11 +165,23 @@ def open_run(
         name.encode() + t.flatten().contiguous().view(torch.uint8).numpy().tobytes() for name, t in frozen(net).items()
     ]
     identity |= {"frozen parameters": hashlib.sha256(b"".join(fixed)).hexdigest()[:16], "data": fingerprint}
+    return ServerState(identity, model)
+
+
+@contextmanager
+def open_run(
+    config: RunConfig, run_id: int, start: ServerState, facts: Mapping[str, Any], score: str
+) -> Iterator[Recorder]:
+    """Begin a new run in a new directory, or continue that of `resume-from`.
+
+    Raises UserError when the directory cannot be written, is in use by another run, or belongs to a run with
+    other settings.
+    """
     directory = Path(config.resume_from).expanduser().absolute() if config.resume_from else make_directory(config)
     if config.resume_from and not (directory / "checkpoints" / "last.pt").is_file():
         raise UserError(f"resume-from: {directory} is not the directory of a run that has committed a round")
     with lock(directory):
-        state = load_state(directory, identity) if config.resume_from else ServerState(identity, model)
+        state = load_state(directory, start.identity) if config.resume_from else start
         log.info("📂 Run directory: %s", directory)
         versions = {name: version(name) for name in ("flwr", "flwr-datasets", "torch", "numpy")}
         versions |= {"app": __version__, "python": sys.version.split()[0]}
@@ -405,56 +373,3 @@ def start_wandb(config: RunConfig, directory: Path, wandb_id: str) -> wandb.Run:
     sync = f"offline. To upload this run later: wandb sync {shlex.quote(str(Path(run.dir).parent))}"
     log.info("📈 W&B is %s", "disabled." if run.disabled else sync if run.offline else f"online: {run.url}")
     return run
-
-
-def element_names(elements: Sequence[object], facts: Mapping[str, Any]) -> list[str]:
-    """Return the names of a list's elements: the only list of texts among the facts with this length, or numbers."""
-    lists = [fact for fact in facts.values() if isinstance(fact, list) and len(fact) == len(elements)]
-    texts = [fact for fact in lists if all(isinstance(text, str) for text in fact)]
-    return texts[0] if len(texts) == 1 else [str(number) for number in range(len(elements))]
-
-
-def plot_results(results: Sequence[Row], facts: Mapping[str, Any], score: str) -> Figure:
-    """Draw each metric over the rounds, the score first: numbers as curves, and lists as a picture."""
-    from matplotlib.figure import Figure  # without pyplot, which has global state and may need a display
-
-    def curve(key: str) -> tuple[list[float], np.ndarray]:
-        """Return the rounds that have this value, and the values: (rounds,), or (rounds, elements) for lists."""
-        rows = [row for row in results if row.get(key) is not None]
-        return [row["round"] for row in rows], np.array([row[key] for row in rows], dtype=float)
-
-    names = [key.removeprefix("centralized_") for row in results[-1:] for key in row if key.startswith("centralized_")]
-    names.sort(key=lambda name: name != score)
-    height = max(1, math.ceil(len(names) / 3))
-    figure = Figure(figsize=(16, 4.5 * height), layout="constrained")
-    grid = figure.subplots(height, 3, squeeze=False).flat
-    for spare in grid[len(names) :]:
-        spare.remove()
-    for axes, name in zip(grid, names, strict=False):
-        rounds, central = curve(f"centralized_{name}")
-        axes.set(xlabel="round", title=name.replace("_", " ").capitalize())
-        axes.locator_params(axis="x", integer=True)
-        if central.ndim == 2:
-            extent = (rounds[0] - 0.5, rounds[-1] + 0.5, central.shape[1] - 0.5, -0.5)
-            shares = np.nanmin(central, initial=0) >= 0 and np.nanmax(central, initial=0) <= 1
-            limits = {"vmin": 0, "vmax": 1} if shares else {}
-            figure.colorbar(
-                axes.imshow(central.T, extent=extent, aspect="auto", interpolation="nearest", **limits), ax=axes
-            )
-            if central.shape[1] <= 30:
-                names_shown = [name[:MAX_NAME] for name in element_names(central[0], facts)]
-                axes.set_yticks(range(central.shape[1]), names_shown, parse_math=False)
-            continue
-        axes.set_ylabel(name)
-        # Okabe and Ito's colours; lines and markers differ, too.
-        axes.plot(rounds, central, color="#0072B2", marker="o", label="central (test split)")
-        rounds, mean = curve(f"federated_evaluate_{name}")
-        _, std = curve(f"federated_evaluate_{name}_std")
-        axes.plot(rounds, mean, color="#D55E00", linestyle="--", marker="s", label="federated mean (opted-in nodes)")
-        axes.fill_between(rounds, mean - std, mean + std, color="#D55E00", alpha=0.2, label="± 1 std over nodes")
-        for tail, style in zip(TAIL, ("x", ":", "-."), strict=True):
-            if name == score:
-                axes.plot(*curve(f"federated_evaluate_{name}_{tail}"), style, color="black", label=f"nodes: {tail}")
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
-    return figure

@@ -43,7 +43,7 @@ def _load(folder: Path) -> SimpleNamespace:
         path.write_text(path.read_text().replace(PACKAGE, name))
     sys.path.insert(0, str(folder))
     try:
-        modules = ("server_app", "client_app", "messaging", "task", "utils", "config")
+        modules = ("server_app", "client_app", "messaging", "task", "figures", "utils", "config")
         loaded = {module: importlib.import_module(f"{name}.{module}") for module in modules}
     finally:
         sys.path.remove(str(folder))

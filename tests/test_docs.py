@@ -24,7 +24,7 @@ from benchmarks.simulation import LocalSuperLink
 from deploy.cli import FlowerCli, free_port, start, stop, wait_for
 from deploy.keys import HOST, make_certificates, make_node_key
 from deploy.prepare_partitions import write_partitions
-from pytorch_example_low_level import __version__, images, messaging, server_app, utils
+from pytorch_example_low_level import __version__, figures, images, messaging, server_app, utils
 from pytorch_example_low_level.config import OPERATIONAL, RunConfig, UserError
 from tests.conftest import results
 from tests.grid import PROJECT, make_context, typed_config
@@ -107,7 +107,7 @@ def test_only_task_and_images_know_what_is_learned():
         r"\b(images?|pixels?|labels?|class[-_ ]names?|columns?|accurac(y|ies))\b|_(image|label|accuracy)", re.I
     )
     others = re.compile(r"wandb\.Image\(|\blabel=|Accuracy has that of|name == \"accuracy\"")
-    for name in ("server_app", "messaging", "utils", "client_app"):
+    for name in ("server_app", "messaging", "figures", "utils", "client_app"):
         lines = (PROJECT / "pytorch_example_low_level" / f"{name}.py").read_text().splitlines()
         assert [line for line in lines if words.search(others.sub("", line))] == [], name
 
@@ -207,7 +207,7 @@ def test_the_keys_that_may_change_on_resuming_are_listed():
 
 def test_the_keys_of_results_json_are_listed_in_order():
     rows = table(section(REFERENCE, "### results.json"))
-    keys = utils.result_keys(["loss", "accuracy", "accuracy_per_class"], server_app.SCORE)
+    keys = figures.result_keys(["loss", "accuracy", "accuracy_per_class"], server_app.SCORE)
     assert [key for row in rows for key in re.findall(r"`(\w+)`", row[0])] == keys
 
 

@@ -12,7 +12,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 from torch import nn
 
-from pytorch_example_low_level import client_app, images, server_app, task, utils
+from pytorch_example_low_level import client_app, figures, images, server_app, task
 from pytorch_example_low_level.config import CODE, UserError
 from tests.conftest import model, results, same_bits
 from tests.grid import FACTS, InProcessGrid, TimedGrid, typed_config
@@ -20,7 +20,7 @@ from tests.grid import FACTS, InProcessGrid, TimedGrid, typed_config
 pytestmark = pytest.mark.usefixtures("quick_plot")
 
 
-RESULT_KEYS = tuple(utils.result_keys(["loss", "accuracy", "accuracy_per_class"], server_app.SCORE))
+RESULT_KEYS = tuple(figures.result_keys(["loss", "accuracy", "accuracy_per_class"], server_app.SCORE))
 FEDERATED = [key for key in RESULT_KEYS if key.startswith("federated")]
 
 

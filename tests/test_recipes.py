@@ -15,7 +15,7 @@ import torch
 from flwr.app import ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from matplotlib.figure import Figure
 
-from pytorch_example_low_level import utils
+from pytorch_example_low_level import figures
 from recipes import PAGES, RecipeError, all_blocks, apply
 from tests.conftest import same_bits
 from tests.grid import FACTS, PROJECT, InProcessGrid
@@ -433,7 +433,7 @@ def test_a_metric_of_ones_own_reaches_log_results_plot_and_wandb(try_out, monkey
     assert "/  balanced_accuracy:  0." in caplog.text
     assert "/ balanced_accuracy: 0." in caplog.text
     monkeypatch.undo()
-    titles = [axes.get_title() for axes in utils.plot_results(done.rows, {}, "accuracy").axes]
+    titles = [axes.get_title() for axes in figures.plot_results(done.rows, {}, "accuracy").axes]
     assert titles[:4] == ["Accuracy", "Loss", "Accuracy per class", "Balanced accuracy"]
 
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from pytorch_example_low_level import server_app, utils
+from pytorch_example_low_level import figures, server_app, utils
 from pytorch_example_low_level.config import RunConfig
 from tests.conftest import lines_of, results
 from tests.grid import make_context
@@ -15,14 +15,14 @@ from tests.test_utils import SCORE, recorder
 from tests.wandb_files import expected_history, history_of, own, records_of, wandb_folder
 
 METRICS = ["loss", "accuracy", "accuracy_per_class"]
-KEYS = utils.result_keys(METRICS, SCORE)
+KEYS = figures.result_keys(METRICS, SCORE)
 
 # -------------------------------------------------------------------------------- The plot
 
 
 def rows_with(**columns: list) -> list[dict]:
     count = len(next(iter(columns.values())))
-    return [utils.new_row(KEYS, r) | {key: values[r] for key, values in columns.items()} for r in range(count)]
+    return [figures.new_row(KEYS, r) | {key: values[r] for key, values in columns.items()} for r in range(count)]
 
 
 def test_the_plot_shows_the_curves_and_leaves_out_what_is_null():
@@ -39,7 +39,7 @@ def test_the_plot_shows_the_curves_and_leaves_out_what_is_null():
         federated_evaluate_loss_std=[n, n, 0.5, 0.25],
         centralized_accuracy_per_class=[[0.5]] * 4,
     )
-    left, middle, right, _ = utils.plot_results(rows, {}, SCORE).axes
+    left, middle, right, _ = figures.plot_results(rows, {}, SCORE).axes
     names = [(axes.get_title(), axes.get_xlabel(), axes.get_ylabel()) for axes in (left, middle)]
     assert names == [("Accuracy", "round", "accuracy"), ("Loss", "round", "loss")]
     assert right.get_title() == "Accuracy per class"
@@ -70,7 +70,7 @@ def test_the_plot_shows_the_curves_and_leaves_out_what_is_null():
 
 def test_the_plot_shows_the_accuracy_of_each_class():
     table = [None, [0.0, None, 0.5], [0.25, None, 1.0]]
-    _, _, right, _ = utils.plot_results(
+    _, _, right, _ = figures.plot_results(
         rows_with(centralized_accuracy_per_class=table), {"names": ["a", "b", "c"]}, SCORE
     ).axes
     (image,) = right.images
@@ -78,26 +78,26 @@ def test_the_plot_shows_the_accuracy_of_each_class():
     assert tuple(image.get_extent()) == (0.5, 2.5, 2.5, -0.5)  # each class and each round has a field of size 1
     assert image.get_clim() == (0, 1)
     assert [text.get_text() for text in right.get_yticklabels()] == ["a", "b", "c"]
-    money = utils.plot_results(rows_with(centralized_accuracy_per_class=table), {"names": ["1 $", "2 $", "3"]}, SCORE)
+    money = figures.plot_results(rows_with(centralized_accuracy_per_class=table), {"names": ["1 $", "2 $", "3"]}, SCORE)
     money.savefig(io.BytesIO())  # a formula in Matplotlib's eyes
     many = [str(number) for number in range(31)]
-    figure = utils.plot_results(rows_with(centralized_accuracy_per_class=[[0.5] * 31]), {"names": many}, SCORE)
+    figure = figures.plot_results(rows_with(centralized_accuracy_per_class=[[0.5] * 31]), {"names": many}, SCORE)
     assert len(figure.axes[2].get_yticks()) < 31
 
 
 def test_the_plot_shows_each_metric_the_score_first():
-    keys = utils.result_keys(["loss", "counts", "auc", "f1"], "auc")
+    keys = figures.result_keys(["loss", "counts", "auc", "f1"], "auc")
     rows = [dict.fromkeys(keys) | {"round": r, "centralized_counts": [3, 70], "centralized_auc": 0.5} for r in range(3)]
-    figure = utils.plot_results(rows, {}, "auc")
+    figure = figures.plot_results(rows, {}, "auc")
     assert [axes.get_title() for axes in figure.axes] == ["Auc", "Loss", "Counts", "F1", ""]  # "": the colour bar
     assert figure.axes[2].images[0].get_clim() == (3, 70)
     assert [text.get_text() for text in figure.axes[2].get_yticklabels()] == ["0", "1"]  # no fact names two elements
     assert len(figure.axes[0].lines) == 5
     figure.savefig(io.BytesIO())
-    utils.plot_results([], {}, "auc").savefig(io.BytesIO())
+    figures.plot_results([], {}, "auc").savefig(io.BytesIO())
     facts = {"shape": [1, 2], "names": ["a", "b"]}
-    assert utils.element_names([0.5, 0.5], facts) == ["a", "b"]  # the only fact that fits
-    assert utils.element_names([0.5, 0.5], facts | {"others": ["c", "d"]}) == ["0", "1"]
+    assert figures.element_names([0.5, 0.5], facts) == ["a", "b"]  # the only fact that fits
+    assert figures.element_names([0.5, 0.5], facts | {"others": ["c", "d"]}) == ["0", "1"]
 
 
 def test_long_names_are_cut_and_missing_characters_cost_no_page_of_warnings(tmp_path, recwarn):
@@ -107,7 +107,7 @@ def test_long_names_are_cut_and_missing_characters_cost_no_page_of_warnings(tmp_
     with Image.open(tmp_path / "metrics.png") as picture:
         assert (picture.format, picture.size) == ("PNG", (1920, 540))
     assert not [warning for warning in recwarn if "missing from" in str(warning.message)]
-    axes = utils.plot_results(one.state.results, one.facts, SCORE).axes[2]
+    axes = figures.plot_results(one.state.results, one.facts, SCORE).axes[2]
     assert [text.get_text() for text in axes.get_yticklabels()] == ["a name that is much ", "\U0001f600\u4e2d"]
 
 
@@ -124,7 +124,7 @@ def test_the_plot_is_drawn_while_a_run_goes_on(tmp_path, monkeypatch):
 
     monkeypatch.setattr(utils, "plot_results", plot)
     for server_round, now in enumerate([start + 10, start + 31, start + 40, start + 61.5]):  # noqa: B007
-        one.commit(utils.new_row([], server_round))
+        one.commit(figures.new_row([], server_round))
     assert drawn == [(pytest.approx(31), 2, ["a", "b"]), (pytest.approx(61.5), 4, ["a", "b"])]
     assert (tmp_path / "metrics.png").read_bytes() == b"picture"
 

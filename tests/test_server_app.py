@@ -18,7 +18,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MessageTy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pytorch_example_low_level import server_app, task, utils
+from pytorch_example_low_level import figures, server_app, task
 from pytorch_example_low_level.config import UserError
 from pytorch_example_low_level.messaging import MAX_EXAMPLES, MAX_WAITING, Mailbox, Node, connected_nodes
 from pytorch_example_low_level.server_app import (
@@ -271,7 +271,7 @@ def test_updates_are_added_one_by_one_and_never_held():
 MODEL = {"w": torch.tensor([[1.0, 2.0], [3.0, -4.0]]), "d": torch.tensor([0.1, 0.2]).double(), "n": torch.tensor(5)}
 INSTRUCTIONS = {"server-round": 3, "lr": 0.25, "class-names": ["a", "b"]}
 CENTRAL = {"loss": 1.0, "accuracy": 0.5}
-KEYS = utils.result_keys(CENTRAL, server_app.SCORE)
+KEYS = figures.result_keys(CENTRAL, server_app.SCORE)
 CONFIG = typed_config(train_timeout=30.0, query_timeout=30.0, evaluate_timeout=30.0, query_max_delay=0.125)
 
 
@@ -446,13 +446,17 @@ def test_without_results_the_federated_figures_are_null(grid, caplog, nobody):
     assert lines_of(caplog, "INFO")[-1] == "📊 Federated evaluation -> no node took part"
 
 
+NO_DATA = SimpleNamespace(facts={})
+
+
 def test_a_central_figure_that_is_no_number_is_null(monkeypatch, caplog):
     caplog.set_level("INFO", logger="flwr")
     net = torch.nn.Linear(2, 2)
+    monkeypatch.setattr(task, "initial_model", lambda *args: net)
     for loss, recorded in ((math.nan, None), (math.inf, None), (0.5, 0.5)):
         metrics = {"loss": loss, "accuracy": 0.25, "auc": None, "accuracy_per_class": [0.5, None, math.nan]}
         monkeypatch.setattr(task, "test", lambda *args, metrics=metrics: metrics)
-        assert evaluate_centrally(net, net.state_dict(), None, torch.device("cpu")) == {
+        assert evaluate_centrally(net.state_dict(), NO_DATA, typed_config(), torch.device("cpu")) == {
             "loss": recorded, "accuracy": 0.25, "auc": None, "accuracy_per_class": [0.5, None, None],
         }  # fmt: skip
     assert lines_of(caplog, "INFO")[-1] == "💡 Centrally evaluated model -> loss:  0.5000 /  accuracy:  0.2500"
@@ -462,16 +466,18 @@ def test_a_central_figure_that_is_no_number_is_null(monkeypatch, caplog):
 def test_a_metric_that_cannot_be_recorded_is_named_before_anything_is_committed(monkeypatch, value):
     """A tensor would otherwise reach the checkpoint, and fail in results.json."""
     net = torch.nn.Linear(2, 2)
+    monkeypatch.setattr(task, "initial_model", lambda *args: net)
     monkeypatch.setattr(task, "test", lambda *args: {"loss": 1.0, "accuracy": 0.5, "recall": value})
     with pytest.raises(UserError, match=r"test\(\) returned a (Tensor|float32|str) in the metric 'recall'.*item\(\)"):
-        evaluate_centrally(net, net.state_dict(), None, torch.device("cpu"))
+        evaluate_centrally(net.state_dict(), NO_DATA, typed_config(), torch.device("cpu"))
 
 
 def test_the_central_evaluation_is_of_the_model_it_is_given(monkeypatch):
     net, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
     seen = []
+    monkeypatch.setattr(task, "initial_model", lambda *args: net)
     monkeypatch.setattr(task, "test", lambda net, *args: seen.append(net.state_dict()) or {"loss": 1.0})
-    evaluate_centrally(net, other.state_dict(), None, torch.device("cpu"))
+    evaluate_centrally(other.state_dict(), NO_DATA, typed_config(), torch.device("cpu"))
     assert same_bits(seen[0], other.state_dict())
 
 
@@ -619,20 +625,20 @@ def test_a_row_with_the_largest_figures_allowed_is_json(grid):
     assert all(tensor.double().isfinite().all() for tensor in model.values())
     _, row = evaluate(mailbox, connected_nodes(grid), MODEL, INSTRUCTIONS, CENTRAL, CONFIG)
     assert row["evaluate_received"] == 3
-    json.dumps(utils.new_row(KEYS, 1) | row | {"train_loss": loss}, allow_nan=False)
+    json.dumps(figures.new_row(KEYS, 1) | row | {"train_loss": loss}, allow_nan=False)
 
 
 # ----------------------------------------------------------------------- Figures of a round
 
 
 def test_the_time_left_is_that_of_the_median_round_after_the_first():
-    rows = [utils.new_row(KEYS, r) for r in range(4)]
+    rows = [figures.new_row(KEYS, r) for r in range(4)]
     for row, total in zip(rows[1:], (20.0, 3.5, 6.5), strict=True):  # round 0 has no time
         row["seconds_total"] = total
         row |= {"megabytes_sent": 12.345, "megabytes_received": 0.0}
     rows[3] |= {"seconds_nodes": 1.0, "seconds_train": 2.0, "seconds_central": 3.0}
     expected = "Round took 6.5 s (nodes 1.0, train 2.0, central 3.0), 12.3 MB sent, 0.0 MB received; about 0:00:50 left"
-    assert server_app.time_summary(rows, rounds_left=10) == expected
-    assert server_app.time_summary(rows, rounds_left=0).endswith("about 0:00:00 left")
+    assert figures.time_summary(rows, rounds_left=10) == expected
+    assert figures.time_summary(rows, rounds_left=0).endswith("about 0:00:00 left")
     rows[1] |= {"seconds_nodes": 1.0, "seconds_train": 19.0, "seconds_central": 0.0}
-    assert server_app.time_summary(rows[:2], rounds_left=3).endswith("about 0:01:00 left")
+    assert figures.time_summary(rows[:2], rounds_left=3).endswith("about 0:01:00 left")

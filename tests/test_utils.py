@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import nn
 
-from pytorch_example_low_level import utils
+from pytorch_example_low_level import figures, utils
 from pytorch_example_low_level.config import UserError
 from tests.conftest import results
 from tests.grid import PROJECT, typed_config
@@ -40,7 +40,7 @@ def test_the_best_round_is_the_first_with_the_highest_score(tmp_path):
     recorder = utils.Recorder(tmp_path, None, state, {}, "auc")
     best = []
     for server_round, auc in enumerate([None, 0.0, 0.5, 0.5, None, 0.4, 0.6]):
-        row = utils.new_row(["centralized_auc"], server_round) | {"centralized_auc": auc}
+        row = figures.new_row(["centralized_auc"], server_round) | {"centralized_auc": auc}
         best.append(recorder.is_best(row))
         recorder.commit(row)
     assert best == [False, True, True, False, False, False, True]
@@ -174,7 +174,7 @@ def test_writing_a_checkpoint_does_not_copy_the_model(tmp_path):
 
     Path("/proc/self/clear_refs").write_text("5")  # Linux: begin to measure the peak anew
     before = peak()
-    one.commit(utils.new_row([], 0) | {"centralized_accuracy": 0.0})
+    one.commit(figures.new_row([], 0) | {"centralized_accuracy": 0.0})
     assert peak() - before < 20  # MB, of 40
     assert one.state.model["w"] is tensor
     assert {p.stat().st_size // 10**6 for p in (tmp_path / "checkpoints").iterdir()} == {40}
