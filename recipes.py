@@ -18,6 +18,7 @@ import argparse
 import ast
 import re
 import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,9 +66,31 @@ def apply(recipe: str, folder: Path) -> list[Path]:
             raise RecipeError(f"{folder} is no folder of the app: there is no {path}") from None
         except (RecipeError, SyntaxError) as error:
             raise RecipeError(f"{recipe} does not fit {path}, so nothing was changed: {error}") from None
+    if unused := definitions(blocks) - used_names(folder, changed):
+        raise RecipeError(f"{recipe} changes nothing here, because nothing uses {', '.join(sorted(unused))}")
     for path, source in changed.items():
         path.write_text(source, encoding="utf-8")
     return list(changed)
+
+
+def definitions(blocks: Iterable[Block]) -> set[str]:
+    """Return the functions and classes that blocks define. Handlers are left out: their decorator uses them."""
+    nodes = [node for block in blocks if block.language == "python" for node in ast.parse(block.text).body]
+    kinds = ast.FunctionDef | ast.ClassDef
+    return {node.name for node in nodes if isinstance(node, kinds) and not node.decorator_list}
+
+
+def used_names(folder: Path, changed: Mapping[Path, str]) -> set[str]:
+    """Return all names that the app in a folder uses, with these changes."""
+    unchanged = {path: path.read_text(encoding="utf-8") for path in (folder / PACKAGE).glob("*.py")}
+    names = set()
+    for path, text in {**unchanged, **changed}.items():
+        try:
+            nodes = list(ast.walk(ast.parse(text))) if path.suffix == ".py" else []
+        except SyntaxError as error:
+            raise RecipeError(f"{path} is not Python: {error}") from None
+        names |= {str(getattr(node, "attr", None) or getattr(node, "id", None)) for node in nodes}
+    return names
 
 
 def with_lines(source: str, diff: str) -> str:

@@ -74,6 +74,8 @@ def main() -> None:
         variants = {name: common | parse_settings(name) for name in args.vary} or {"": common}
     except ValueError as error:
         parser.error(str(error))
+    if set_here := {"seed", "output-dir"} & set().union(*variants.values()):
+        parser.error(f"a sweep sets {', '.join(sorted(set_here))} itself; use --seeds and --out")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     out = args.out.with_name(f"{args.out.name}.json")
     runs = load_runs(out, args.nodes, variants)
@@ -227,8 +229,9 @@ def number(value: float | None) -> str:
 
 
 def of_round(results: Sequence[Rows], server_round: int, key: str) -> list[float]:
-    """Return a figure of a round for all seeds that have it."""
-    return [run[server_round][key] for run in results if run[server_round][key] is not None]
+    """Return a figure of a round (-1: the last one) for all seeds that have it. A run may have stopped early."""
+    values = [run[server_round][key] for run in results if server_round < len(run)]
+    return [value for value in values if value is not None]
 
 
 def cells(results: Sequence[Rows], server_round: int) -> str:
@@ -249,7 +252,8 @@ def header(first: str) -> list[str]:
 def table(results: Sequence[Rows]) -> str:
     """Return a line for each round in Markdown."""
     lines = header("round")
-    lines += [f"| {server_round} | {cells(results, server_round)} |" for server_round in range(1, len(results[0]))]
+    rounds = range(1, max(map(len, results)))
+    lines += [f"| {server_round} | {cells(results, server_round)} |" for server_round in rounds]
     return "\n".join(lines)
 
 
@@ -265,7 +269,10 @@ def differences(runs: Mapping[str, Sequence[Rows]]) -> str:
 
     A difference is within the spread over seeds if it is at most the sum of the two standard deviations.
     """
-    scores = {name: of_round(results, -1, COLUMNS["central"]) for name, results in runs.items()}
+    found = {name: of_round(results, -1, COLUMNS["central"]) for name, results in runs.items()}
+    scores = {name: values for name, values in found.items() if values}
+    if not scores:
+        return f"\nNo run has a central {SCORE}."
     mean = {name: statistics.mean(values) for name, values in scores.items()}
     best = max(mean, key=lambda name: mean[name])
     lines = [f"\nThe best is {best}. The others, in the central {SCORE}:\n"]
@@ -289,7 +296,8 @@ def plot(runs: Mapping[str, Sequence[Rows]], path: Path) -> None:
     ]
     for i, (label, results, key) in enumerate(curves):
         colour, line = COLOURS[i % len(COLOURS)], LINES[i % len(LINES)]
-        found = {r: values for r in range(1, len(results[0])) if (values := of_round(results, r, key))}
+        rounds = range(1, max(map(len, results)))
+        found = {r: values for r in rounds if (values := of_round(results, r, key))}
         lows, highs = [min(v) for v in found.values()], [max(v) for v in found.values()]
         means = [statistics.mean(v) for v in found.values()]
         axes.plot(list(found), means, line, color=colour, label=label, linewidth=2)

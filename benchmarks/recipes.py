@@ -142,7 +142,7 @@ EXPERIMENTS = {
     ),
     "tabular": another_task("auc", 10, "tabular"),
     "regression": another_task("r2", 10, "tabular", "regression"),
-    "text": another_task("loss", 7, "text"),
+    "text": another_task("loss", 8, "text"),
     "quantise": Experiment(
         [
             Variant("float32"),
@@ -205,7 +205,8 @@ def wild(app: Any) -> Callable[..., Any]:
     def handle(message: Any, context: Any) -> Any:
         reply = app.client_app.app(message, context)
         if "arrays" in reply.content:
-            rng, arrays = np.random.default_rng(0), reply.content["arrays"].to_torch_state_dict()
+            numbers = (int(context.node_config["partition-id"]), int(message.content["config"]["server-round"]))
+            rng, arrays = np.random.default_rng(numbers), reply.content["arrays"].to_torch_state_dict()
             noisy = {n: (t + torch.from_numpy(rng.normal(0, 1, t.shape))).float() for n, t in arrays.items()}
             reply.content["arrays"] = app.messaging.to_array_record(noisy)
         return reply

@@ -2,10 +2,10 @@
 
     python -m deploy.prepare_partitions --nodes 3 --out partitions
 
-writes `partitions/node-0`, `partitions/node-1`, ... from any data set and with any partitioner that
-the app supports. `partitions/labels.png` shows the number of images of each class on each node.
-`partitions/partitions.json` records the data set and the settings: `deploy.local_federation --data`
-reads it. Send each folder to its own node only.
+writes `partitions/node-0`, `partitions/node-1`, ... with the Dirichlet or the IID partitioner, from any data
+set whose columns the app finds without `image-column` and `label-column`. `partitions/labels.png` shows the
+number of images of each class on each node. `partitions/partitions.json` records the data set and the
+settings: `deploy.local_federation --data` reads it. Send each folder to its own node only.
 """
 
 from __future__ import annotations

@@ -145,7 +145,8 @@ class Mailbox:
         """Send `content` to each node, and add the deadline (seconds since the epoch) to its record "config"."""
         batch = Batch(message_type, server_round, timeout, time.time() + timeout, nodes)
         # Flower loses all replies of a request if it cannot decode one. Over a network, each has its own request.
-        self.together = MAX_LOOK if any(node.simulated for node in nodes) else 1
+        if nodes:
+            self.together = MAX_LOOK if any(node.simulated for node in nodes) else 1
         config = ConfigRecord({**content.config_records.get("config", {}), "deadline": batch.deadline})
         content = RecordDict({**content, "config": config})
         # All messages share one content, so the model is not copied for each node.

@@ -66,7 +66,7 @@ def main(grid: Grid, context: Context) -> None:
             batch, model, train_loss = train(mailbox, cohort, model, instructions | {"lr": lr}, config)
             state.model = state.model | model
             state.last_fault = batch.log_faults()
-            if server_round == 1 and batch.broken == len(cohort):
+            if server_round == 1 and 0 < len(cohort) == batch.broken:
                 raise UserError(f"No node can train: {state.last_fault}")
             row |= {f"train_{k}": getattr(batch, k) for k in ("received", "failed", "rejected")}
             row |= {"train_loss": train_loss, "seconds_train": stopwatch.lap()}

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pytorch_example_low_level import images
-from pytorch_example_low_level.config import Purpose, RunConfig, UserError, explained, random_stream
+from pytorch_example_low_level.config import Purpose, RunConfig, UserError, explained, log, random_stream
 
 Data = images.Split  # has a length, `facts` and a `fingerprint`
 Facts = Mapping[str, Any]  # what server and nodes must agree on: scalars and lists, sent with each model
@@ -83,10 +83,11 @@ def make_gpu_repeatable() -> None:
 
 def pick_device(name: str = "auto") -> torch.device:
     """Return the device `name`; "auto" prefers CUDA, then MPS, then the CPU. Raises UserError if it is not usable."""
+    what = "device" if name == "auto" else "server-device"
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     allowed = "; allowed: 'auto', 'cpu', and any other device that PyTorch has here"
-    with explained(f"server-device: {name!r} is not usable here", allowed):
+    with explained(f"{what}: {name!r} is not usable here", allowed):
         torch.zeros(1, device=name).item()
     return torch.device(name)
 
@@ -96,7 +97,13 @@ def pick_device(name: str = "auto") -> torch.device:
 
 def load_test_data(config: RunConfig) -> Data:
     """Load the data of the central evaluation. Raises UserError."""
-    return images.load_test_split(config)
+    data = images.load_test_split(config)
+    present = set(data.labels.tolist())
+    if missing := [name for number, name in enumerate(data.class_names) if number not in present]:
+        log.warning(
+            "%s classes have no test images, so the central accuracy ignores them: %s", len(missing), missing[:10]
+        )
+    return data
 
 
 def load_node_data(node_config: Mapping[str, object], number: int, config: RunConfig, facts: Facts) -> dict[str, Data]:

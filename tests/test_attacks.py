@@ -51,6 +51,9 @@ def test_updates_are_clipped_to_the_median_norm():
     updates = [({"w": torch.tensor(pair)}, 1) for pair in ((4.0, 5.0), (1.0, 11.0), (1.0, 1.5))]
     mean = app.server_app.weighted_mean(updates, {"w": like["w"]})
     assert mean["w"].tolist() == pytest.approx(expected)
+    # Of norms 1 and 3, the median is 2.
+    two = [({"w": torch.tensor(pair)}, 1) for pair in ((2.0, 1.0), (1.0, 4.0))]
+    assert app.server_app.weighted_mean(two, {"w": like["w"]})["w"].tolist() == [1.5, 2.0]
     same = [({"w": like["w"]}, 1)] * 3  # norms of 0
     assert app.server_app.weighted_mean(same, {"w": like["w"]})["w"].tolist() == [1.0, 1.0]
 

@@ -129,7 +129,7 @@ def test_a_node_that_runs_other_code_says_so(settings, message_type):
     content = instructions(task.Net(1, 10), server_round=1, lr=0.1, app="0123456789abcdef in /another/copy")
     reason = ask(settings, message_type, content).error.reason
     assert reason.startswith(
-        f"this node runs other code than the server: the node {CODE}, the server 0123456789abcdef "
+        f"this node runs different code from the server: the node {CODE}, the server 0123456789abcdef "
     )
     content = instructions(task.Net(1, 10), server_round=1, lr=0.1, app=CODE, deadline=time.time() + 1e9)
     assert ask(settings, message_type, content).has_content()

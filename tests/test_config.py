@@ -216,6 +216,6 @@ def test_other_code_is_one_clear_error_and_the_same_code_elsewhere_is_none():
     check_code(CODE)
     check_code(f"{digest} in /another place")
     with pytest.raises(
-        UserError, match=rf"other code than the server: the node {re.escape(CODE)}, the server 0 in /b\."
+        UserError, match=rf"different code from the server: the node {re.escape(CODE)}, the server 0 in /b\."
     ):
         check_code("0 in /b")

@@ -222,7 +222,7 @@ def test_another_network_learns_colour_images_and_another_copys_superlink_is_ref
     assert refused.status == "finished:failed", refused.log
     there = re.escape(str(first / "pytorch_example_low_level"))
     said = (
-        r"No node can train: 2 nodes \(partition 0, partition 1\) \(train\): this node runs other code than the "
+        r"No node can train: 2 nodes \(partition 0, partition 1\) \(train\): this node runs different code from the "
         rf"server: the node [0-9a-f]{{16}} in {there}, the server [0-9a-f]{{16}} in /.*: stop it, and"
     )
     assert re.search(said, refused.log), refused.log

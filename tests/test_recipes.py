@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from flwr.app import ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
 from matplotlib.figure import Figure
 
 from pytorch_example_low_level import figures
@@ -360,6 +360,9 @@ def test_stop_at_a_target(try_out):
     assert not again.grid.sent
     more = try_out(app, num_server_rounds=2, target_accuracy=2.0, resume_from=str(done.directory))
     assert [row["round"] for row in more.rows] == [0, 1, 2]
+    # Without test data, there is no score before the first federated evaluation.
+    late = try_out(changed_app("no-test-data", "early-stop"), evaluate_every=2, opt_in_probability=1.0)
+    assert [row["round"] for row in late.rows] == [0, 1, 2]
 
 
 def test_stop_without_progress_even_across_a_resume(try_out, tmp_path, monkeypatch):
@@ -446,6 +449,9 @@ def test_f1_auc_and_the_confusion_matrix_by_hand(try_out):
     assert further["f1_per_class"] == [pytest.approx(2 / 3), pytest.approx(2 / 3), None]
     assert further["auc"] == pytest.approx(0.5)  # each: one of two pairs is in the right order
     assert further["confusion"] == [1, 1, 0, 0, 1, 0, 0, 0, 0]
+    # A class that is predicted, but has no examples, has no F1 either.
+    further = app.task.further_metrics(torch.eye(3), torch.tensor([0, 0, 1]))
+    assert further["f1_per_class"] == [pytest.approx(2 / 3), 0, None]
     done = try_out(app, opt_in_probability=1.0)
     names: dict = {}
     exec(block("confusion").replace("outputs/2026-11-24/10-00-00", str(done.directory)), names)
@@ -474,6 +480,10 @@ def test_a_median_instead_of_a_mean(try_out):
     like = {"w": torch.zeros(2)}
     updates = [({"w": torch.tensor(v)}, 1) for v in ([1.0, 9.0], [2.0, 8.0], [1e30, -1e30])]
     assert app.server_app.weighted_mean(updates, like)["w"].tolist() == [2.0, 8.0]
+    four = [({"w": torch.tensor([v, 0.0])}, 1) for v in (9.0, 1.0, 3.0, 2.0)]
+    assert app.server_app.weighted_mean(four, like)["w"].tolist() == [2.5, 0.0]  # the mean of the two in the middle
+    counters = [({"n": torch.tensor(v)}, 1) for v in (1, 2, 5, 9)]
+    assert app.server_app.weighted_mean(counters, {"n": torch.tensor(0)})["n"].tolist() == 4
     assert app.server_app.weighted_mean([], like) is None
     assert not same_bits(try_out(app).model, try_out(changed_app()).model)
 
@@ -492,6 +502,21 @@ def test_one_more_phase(try_out):
     # Partition p has a level of 1 / (1 + p): only that of partition 0 is above one half.
     assert trained(done.grid) == {"1": [0], "2": [0]}
     assert [row["train_sampled"] for row in done.rows[1:]] == [1, 1]
+
+
+def test_a_round_without_a_cohort_does_not_end_the_run(try_out, caplog):
+    app = changed_app("battery")
+    grid = InProcessGrid(app.client_app.app, {}, 5)
+
+    def empty_at_first(msg: Message, context: Context) -> Message:
+        if msg.metadata.message_type == "query.battery" and msg.metadata.group_id == "1":
+            return Message(RecordDict(), reply_to=msg)
+        return app.client_app.app(msg, context)
+
+    grid.handlers = {0: empty_at_first}
+    done = try_out(app, grid, fraction_clients_train=1.0)
+    assert [row["train_sampled"] for row in done.rows[1:]] == [0, 1]
+    assert "left out partition 0 (query.battery): unreadable reply" in caplog.text
 
 
 # -------------------------------------------------------------------------- 16. Another task
@@ -637,6 +662,19 @@ def test_a_recipe_that_only_adds_lines_is_applied_once(copy):
     apply("balanced", copy)
     with pytest.raises(RecipeError, match=r"(?s)already in it:\n.*balanced_accuracy"):
         apply("balanced", copy)
+
+
+def test_a_recipe_that_nothing_would_use_changes_nothing(copy):
+    apply("dp", copy)  # it calls another function than `weighted_mean`
+    before = (copy / "pytorch_example_low_level" / "server_app.py").read_text()
+    with pytest.raises(RecipeError, match="median changes nothing here, because nothing uses weighted_mean"):
+        apply("median", copy)
+    assert (copy / "pytorch_example_low_level" / "server_app.py").read_text() == before
+    with pytest.raises(RecipeError, match="bfloat16 does not fit"):
+        apply("bfloat16", copy)  # without quantise
+    (copy / "pytorch_example_low_level" / "client_app.py").write_text("def f(:")
+    with pytest.raises(RecipeError, match=r"client_app\.py is not Python: invalid syntax"):
+        apply("turns", copy)
 
 
 def test_what_the_command_refuses(copy, tmp_path):

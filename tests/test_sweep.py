@@ -155,6 +155,29 @@ def test_differences_are_compared_with_the_spread():
     ]
 
 
+def test_runs_that_stopped_early_and_runs_without_a_central_score(tmp_path):
+    def run(*scores: float | None) -> list[dict]:
+        others = {"federated_evaluate_accuracy": None, "federated_evaluate_accuracy_min": None}
+        return [{"centralized_accuracy": score, **others} for score in scores]
+
+    early = {"a": [run(0.1, 0.4), run(0.1, 0.2, 0.6)], "b": [run(None, None)]}
+    rest = " | –" * 4
+    assert sweep.table(early["a"]).splitlines()[2:] == [
+        f"| 1 | 0.300 ± 0.100 | 0.200{rest} |",
+        f"| 2 | 0.600 ± 0.000 | 0.600{rest} |",
+    ]
+    assert sweep.differences(early).splitlines()[1].startswith("The best is a.")
+    assert sweep.differences({"b": early["b"], "c": early["b"]}) == "\nNo run has a central accuracy."
+    sweep.plot(early, tmp_path / "early.png")
+
+
+@pytest.mark.parametrize("arguments", [("--vary", "seed=7"), ("--run-config", "output-dir='x'")])
+def test_what_a_sweep_sets_itself_is_refused(arguments, monkeypatch, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run_main(sweep, monkeypatch, "--out", str(tmp_path / "run"), *arguments)
+    assert "a sweep sets" in capsys.readouterr().err
+
+
 def test_the_table_of_seeds_has_mean_deviation_and_worst():
     def run(central: float, federated: float | None) -> list[dict]:
         row = {"centralized_accuracy": central, "federated_evaluate_accuracy": federated}

@@ -51,6 +51,14 @@ class Constant(nn.Module):
         return self.logits.expand(len(x), -1)
 
 
+def test_classes_without_test_images_are_named(monkeypatch, caplog):
+    for labels, said in (([0, 1], ""), ([1, 1], "1 classes have no test images, so the central accuracy ignores them")):
+        monkeypatch.setattr(image_module, "load_test_split", lambda config, labels=labels: black(labels))
+        assert task.load_test_data(config()).labels.tolist() == labels
+        assert (said in caplog.text) and bool(said) == bool(caplog.text)
+    assert caplog.text.rstrip().endswith("['cat']")
+
+
 # ---------------------------------------------------------------------------------- Model
 
 
