@@ -61,10 +61,10 @@ def check_code(server: object) -> None:
     """
     if str(server).partition(" ")[0] != CODE.partition(" ")[0]:
         raise UserError(
-            f"this node runs different code from the server: the node {CODE}, the server {server}. In a simulation, the "
-            "SuperLink was started in another copy of the app, or its environment has another copy installed: stop it, "
-            "and give each copy its own (see 'Another project's SuperLink takes the run' in docs/troubleshooting.md). "
-            "Over a network, install the same version on both."
+            f"this node runs different code from the server: the node {CODE}, the server {server}. In a simulation, "
+            "the SuperLink was started in another copy of the app, or its environment has another copy installed: stop "
+            "it, and give each copy its own (see 'Another project's SuperLink takes the run' in "
+            "docs/troubleshooting.md). Over a network, install the same version on both."
         )
 
 

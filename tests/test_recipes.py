@@ -201,10 +201,10 @@ def test_momentum_on_the_server_by_hand():
     net = torch.nn.BatchNorm1d(1)  # weight and bias; running_mean, running_var and a counter
     state = app.utils.ServerState({}, {name: tensor.clone() for name, tensor in net.state_dict().items()})
     mean = {name: tensor + 1 for name, tensor in state.model.items()}
-    state.model = app.server_app.server_step(net, state, mean)  # a step of 1
+    state.model = app.server_app.server_step(["weight", "bias"], state, mean)  # a step of 1
     assert (state.model["weight"].item(), state.model["running_mean"].item()) == (2.0, 1.0)
     mean = {name: tensor + 1 for name, tensor in state.model.items()}
-    state.model = app.server_app.server_step(net, state, mean)  # 1 + 0.9 * 1
+    state.model = app.server_app.server_step(["weight", "bias"], state, mean)  # 1 + 0.9 * 1
     assert state.model["weight"].item() == pytest.approx(3.9)
     assert (state.model["running_mean"].item(), state.model["num_batches_tracked"].item()) == (2.0, 2)
 
