@@ -36,10 +36,10 @@ def main(grid: Grid, context: Context) -> None:
     device = task.pick_device(config.server_device)
     task.make_gpu_repeatable()
     test_data = task.load_test_data(config)
-    start, frozen = first_state(config, test_data)
+    state, frozen = first_state(config, test_data)
 
-    with open_run(config, context.run_id, start, test_data.facts, SCORE) as recorder:
-        state, mailbox = recorder.state, Mailbox(grid)
+    with open_run(config, context.run_id, state, test_data.facts, SCORE) as recorder:
+        mailbox = Mailbox(grid)
         if state.server_round < 0:  # a new run: round 0 is the initial model
             metrics = evaluate_centrally(state.model, test_data, config, device)
             recorder.commit(figures.new_row(figures.result_keys(metrics, SCORE), 0) | figures.centralized(metrics))

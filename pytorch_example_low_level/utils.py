@@ -170,9 +170,9 @@ def first_state(
 
 @contextmanager
 def open_run(
-    config: RunConfig, run_id: int, start: ServerState, facts: Mapping[str, Any], score: str
+    config: RunConfig, run_id: int, state: ServerState, facts: Mapping[str, Any], score: str
 ) -> Iterator[Recorder]:
-    """Begin a new run in a new directory, or continue that of `resume-from`.
+    """Begin a new run in a new directory, or continue that of `resume-from`, whose state replaces `state` in place.
 
     Raises UserError when the directory cannot be written, is in use by another run, or belongs to a run with
     other settings.
@@ -181,7 +181,8 @@ def open_run(
     if config.resume_from and not (directory / "checkpoints" / "last.pt").is_file():
         raise UserError(f"resume-from: {directory} is not the directory of a run that has committed a round")
     with lock(directory):
-        state = load_state(directory, start.identity) if config.resume_from else start
+        if config.resume_from:
+            load_state(directory, state)
         log.info("📂 Run directory: %s", directory)
         versions = {name: version(name) for name in ("flwr", "flwr-datasets", "torch", "numpy")}
         versions |= {"app": __version__, "python": sys.version.split()[0]}
@@ -223,12 +224,12 @@ def lock(directory: Path) -> AbstractContextManager[object]:
         return nullcontext()
 
 
-def load_state(directory: Path, identity: dict[str, Any]) -> ServerState:
-    """Read the last checkpoint. Raises UserError when it belongs to a run with other settings."""
+def load_state(directory: Path, state: ServerState) -> None:
+    """Read the last checkpoint into `state`. Raises UserError when it belongs to a run with other settings."""
     path = directory / "checkpoints" / "last.pt"
     with explained(f"resume-from: {path} is not a checkpoint of this app with data only"):
-        state = ServerState(**torch.load(path, map_location="cpu", weights_only=True))
-    then, now = state.identity, identity
+        last = ServerState(**torch.load(path, map_location="cpu", weights_only=True))
+    then, now = last.identity, state.identity
     changed = [key for key in then | now if then.get(key) != now.get(key)]
     if changed:
         what = f"resume-from: the run in {directory} had other settings. Use the same ones again:"
@@ -236,8 +237,8 @@ def load_state(directory: Path, identity: dict[str, Any]) -> ServerState:
         if "data" in changed:
             lines.append("  data is a digest of what dataset holds, so check dataset first.")
         raise UserError("\n".join([what, *lines]))
+    vars(state).update(vars(last))
     log.info("📂 Resuming after round %s", state.server_round)
-    return state
 
 
 # ------------------------------------------------------------------------------ Recording

@@ -150,7 +150,7 @@ def test_a_checkpoint_with_code_in_it_and_what_is_none_are_refused(tmp_path, con
         torch.save({"w": content}, path)
     said = "Weights only load failed" if isinstance(content, Evil) else "."
     with pytest.raises(UserError, match=rf"last\.pt is not a checkpoint of this app with data only: {said}") as error:
-        utils.load_state(tmp_path, {})
+        utils.load_state(tmp_path, utils.ServerState({}, {}))
     assert len(str(error.value).splitlines()) == 1
     with pytest.raises(UserError, match=rf"last\.pt is not a state_dict of this model with data only: {said}"):
         utils.load_model(str(path), nn.Linear(1, 1))
