@@ -121,7 +121,9 @@ def runner(args: argparse.Namespace, variants: Mapping[str, dict[str, Any]]) -> 
     outputs = runs_folder(args.out)
 
     def settings(name: str, seed: int) -> dict[str, Any]:
-        folder = outputs / re.sub(r"[^\w.=-]+", "_", name or "default") / f"seed-{seed}"
+        number = list(variants).index(name)  # two names may differ only in what is replaced here
+        readable = re.sub(r"[^\w.=-]+", "_", name or "default")
+        folder = outputs / f"{number}_{readable}" / f"seed-{seed}"
         return variants[name] | {"seed": seed, "output-dir": str(folder)}
 
     if args.in_process:

@@ -29,7 +29,7 @@ from pytorch_example_low_level.config import (
     random_stream,
 )
 from pytorch_example_low_level.messaging import metric_key, to_array_record
-from pytorch_example_low_level.utils import frozen
+from pytorch_example_low_level.utils import frozen, frozen_digest
 
 
 def report_errors(msg: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
@@ -90,9 +90,12 @@ def evaluate(msg: Message, context: Context) -> Message:
     metrics = task.test(net, data, task.pick_device())
 
     # A metric without a value is left out, and an element of a list without one becomes NaN.
-    known: dict[str, Any] = {metric_key(name): value for name, value in metrics.items() if value is not None}
-    lists = {k: [math.nan if v is None else v for v in vs] for k, vs in known.items() if isinstance(vs, list)}
-    record = MetricRecord({**known, **lists, "num-examples": len(data)})
+    known = {metric_key(name): value for name, value in metrics.items() if value is not None}
+    floats: dict[str, Any] = {
+        k: [math.nan if element is None else float(element) for element in v] if isinstance(v, list) else float(v)
+        for k, v in known.items()
+    }
+    record = MetricRecord({**floats, "num-examples": len(data)})
     return Message(RecordDict({"metrics": record}), reply_to=msg)
 
 
@@ -131,9 +134,12 @@ def received_model(msg: Message, data: task.Data, config: RunConfig) -> nn.Modul
     """Return the server's model; only frozen parameters may be missing in the message. Raises UserError."""
     # Seeded, because a model may have random buffers that are not in its state_dict.
     net = task.initial_model(data.facts, config.seed)
-    received = msg.content.array_records["arrays"].to_torch_state_dict()
+    received, mine = msg.content.array_records["arrays"].to_torch_state_dict(), frozen(net)
     with explained(f"the server's model does not fit data of {data.facts}"):
-        net.load_state_dict(frozen(net) | received)
+        net.load_state_dict(mine | received)
+    digest = msg.content.config_records["config"].get("frozen")  # other ServerApps send the frozen parameters
+    if digest is not None and digest != frozen_digest(mine):
+        raise UserError(f"make_model has other frozen parameters here than at the server: {list(mine)[:5]}")
     return net
 
 
@@ -147,4 +153,5 @@ def local_data(part: str, msg: Message, config: RunConfig, context: Context) -> 
 
 def partition_of(context: Context) -> int:
     """Return the number that identifies this node in every run: its partition id if it has one, otherwise its id."""
-    return int(context.node_config.get("partition-id", context.node_id))
+    with explained("partition-id", "; allowed: a whole number"):
+        return int(context.node_config.get("partition-id", context.node_id))

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 Row = dict[str, Any]  # one round in results.json
 Report = dict[str, Any]  # the evaluation of one node: its name, number of examples and metrics
 TAIL = {"min": 0, "p10": 10, "median": 50}  # percentiles of the nodes' scores
+OF_NODE = {"round", "node", "num_examples"}  # keys of node_results.jsonl beside the metrics
 MAX_NAME = 20  # characters of a name in the plot
 
 
@@ -43,14 +44,26 @@ def centralized(metrics: Mapping[str, Any]) -> Row:
     return {f"centralized_{name}": value for name, value in metrics.items()}
 
 
-def without_nan(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Replace numbers that are not finite by None, also in lists, since JSON has none of them. Raises UserError."""
+def checked(metrics: Mapping[str, Any], score: str) -> dict[str, Any]:
+    """Return the metrics that `test` has returned as they are recorded: Python's numbers, lists of them, and None.
+
+    None replaces numbers that are not finite, since JSON has none of them. Raises UserError.
+    """
+    if missing := {"loss", score} - metrics.keys():
+        raise UserError(f"test() must return 'loss' and the score {score!r}; {missing} is not in {list(metrics)}")
+    if isinstance(metrics[score], list):
+        raise UserError(f"the score {score!r} must be a number or None; test() returned a list")
+    keys = result_keys(metrics, score)
+    if taken := (OF_NODE & metrics.keys()) | {key for key in keys if keys.count(key) > 1}:
+        raise UserError(f"test() returned metrics whose names are taken: {sorted(taken)}; rename them")
 
     def known(name: str, value: object) -> float | None:
         if not isinstance(value, int | float | None):
             allowed = "allowed are numbers (of a tensor: .item()), lists of them (.tolist()), and None"
             raise UserError(f"test() returned a {type(value).__name__} in the metric {name!r}; {allowed}")
-        return value if value is not None and math.isfinite(value) else None
+        if value is None or not math.isfinite(value):
+            return None
+        return value if type(value) is int else float(value)  # NumPy's are not data only, and bool is an int
 
     each = metrics.items()
     return {n: [known(n, v) for v in value] if isinstance(value, list) else known(n, value) for n, value in each}

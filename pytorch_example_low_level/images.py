@@ -5,6 +5,7 @@ What a folder holds decides how it is read, never what its files are called. An 
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import unicodedata
@@ -21,7 +22,15 @@ import torch
 from torch import Tensor
 
 from pytorch_example_low_level.config import Purpose, RunConfig, UserError, explained, log, random_stream
-from pytorch_example_low_level.pixels import Source, common_shape, decoded, digest_of, labels_of
+from pytorch_example_low_level.pixels import (
+    Source,
+    cache_folder,
+    common_shape,
+    decoded,
+    digest_of,
+    digest_of_files,
+    labels_of,
+)
 
 if TYPE_CHECKING:
     import datasets
@@ -95,8 +104,10 @@ def load_test_split(config: RunConfig) -> Split:
         if name is None:
             raise UserError(f"there is no split {' or '.join(TEST_SPLITS)} with labels; the splits are {list(splits)}")
         images, labels = decoded(source, name, shape), labels_of(source, name)
-        training = digest_of(decoded(source, "train", shape), labels_of(source, "train")) if "train" in splits else ""
         names = site_names(source) if config.partitioner == "natural" else []
+        sites = "\n".join(splits["train"]["site"][:]) if names else ""
+        parts = [decoded(source, "train", shape), labels_of(source, "train")] if "train" in splits else []
+        training = digest_of(*parts, np.frombuffer(sites.encode(), np.uint8)) if parts else ""
         log.info("📖 Read %s: %s", config.dataset, summary(source, shape))
         return Split(torch.from_numpy(np.array(images)), torch.from_numpy(labels), source.class_names, training, names)
 
@@ -118,7 +129,9 @@ def load_folder(path: str, number: int, config: RunConfig, shape: tuple[int, int
     ):
         source = read(path, config.image_column, config.label_column, "", of_node=True)
         found = common_shape(source, config.image_size)
-        split = "train" if "train" in source.splits else next(iter(source.splits))
+        if len(source.splits) > 1:
+            raise UserError(f"it has the splits {list(source.splits)}, and a node's images are in one; save only that")
+        (split,) = source.splits
         if shape and shape[0] < found[0]:
             log.info("The images of %s are RGB and the server's are grey: they are converted.", path)
         log.info("📖 Read %s: %s", path, summary(source, shape or found))
@@ -173,6 +186,11 @@ def _partitions(
     elif partitioner == "natural":
         dealt = how.NaturalIdPartitioner("site")
     elif partitioner == "pathological":
+        if num_partitions * classes_per_node < len(source.class_names):
+            raise UserError(
+                f"{num_partitions} nodes with classes-per-node={classes_per_node} cannot hold all "
+                f"{len(source.class_names)} classes; use more nodes or a larger classes-per-node"
+            )
         mode = "first-deterministic"  # each class is on a node, if there are enough nodes
         dealt = how.PathologicalPartitioner(num_partitions, "label", classes_per_node, mode, seed=seed)
     else:
@@ -185,6 +203,8 @@ def _partitions(
 
 def rows_of_partition(config: RunConfig, num_partitions: int, number: int) -> np.ndarray:
     """Return the numbers of the training images of one partition. Raises UserError."""
+    if not 0 <= number < num_partitions:
+        raise UserError(f"partition-id is {number}; allowed are 0 to {num_partitions - 1}")
     with warnings.catch_warnings(action="ignore"):  # the partitioner warns of each retry, and raises if all fail
         return _rows(partitions(config, num_partitions), number)
 
@@ -264,6 +284,8 @@ def files_below(folder: Path) -> list[Path]:
             raise UserError(f"{here} is a link to a folder that it is in")
         folders[:] = sorted(name for name in folders if is_visible(name))
         found += [here / name for name in sorted(files) if is_visible(name)]
+    if other := next((path for path in found if not path.is_file()), None):
+        raise UserError(f"{other} is not a file, or a link to nothing")
     return found
 
 
@@ -323,7 +345,21 @@ def load_tables(folder: Path, files: list[Path]) -> datasets.DatasetDict:
     others += [str(file) for file in files if file.suffix == ".parquet" and file.resolve() not in used]
     if others:
         raise UserError(f"beside its tables, {folder} has files that would be left out: {others[:5]}")
-    return datasets.load_dataset(str(folder))
+    with_classes = {json.dumps(classes_in(file), sort_keys=True): file for file in files if file.suffix == ".parquet"}
+    if len(with_classes) > 1:  # `datasets` would read the numbers of all with the names of the first
+        found = [f"{file}: {names}" for names, file in with_classes.items()][:5]
+        raise UserError(f"the tables have different classes: {'; '.join(found)}")
+    # `datasets` recognises a file in its cache by its path and time alone.
+    return datasets.load_dataset(str(folder), cache_dir=str(cache_folder() / f"tables-{digest_of_files(files)}"))
+
+
+def classes_in(table: Path) -> dict[str, Any]:
+    """Return the names of the classes of each ClassLabel column in a Parquet file."""
+    import pyarrow.parquet
+
+    about = json.loads((pyarrow.parquet.read_schema(table).metadata or {}).get(b"huggingface", b"{}"))
+    features = about.get("info", {}).get("features", {})
+    return {name: of["names"] for name, of in features.items() if isinstance(of, dict) and "names" in of}
 
 
 def with_columns(
@@ -348,7 +384,13 @@ def with_columns(
     label = choose("label-column", label_column, ("label",), named or plain, named + plain, features)
     total = sum(len(rows) for rows in splits.values())
     values = sorted({value for rows in splits.values() for value in rows.unique(label)} - {None})
+    if label in plain and -1 in values and values != [-1, 1]:
+        raise UserError(
+            f"column {label!r} has -1, which may be a class or mean that there is none: make it a ClassLabel"
+        )
     names = list(features[label].names) if label in named else [str(value) for value in values]
+    if len({unicodedata.normalize("NFC", name) for name in names}) < len(names):
+        raise UserError(f"column {label!r} has classes whose names differ only in Unicode's normal form")
     numbers = {value: value if label in named else number for number, value in enumerate(values)}
     if label in plain and len(values) == total:
         raise UserError(f"column {label!r} has as many values as there are images ({total}), so it cannot be the label")

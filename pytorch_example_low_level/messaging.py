@@ -18,7 +18,7 @@ from flwr.app import DEFAULT_TTL, ArrayRecord, ConfigRecord, Message, MessageTyp
 from flwr.serverapp import Grid
 from torch import Tensor
 
-from pytorch_example_low_level.config import log
+from pytorch_example_low_level.config import UserError, log
 
 T = TypeVar("T")
 Read = Callable[[RecordDict], T]  # converts a reply to a value, or raises
@@ -168,6 +168,7 @@ class Mailbox:
         The order is that of sending, not of arrival, so that a sum over the replies is bit-identical in every
         run. At most `window` values wait for their turn in memory; the other replies wait at the SuperLink.
         """
+        window = min(window, MAX_WAITING) if self.together == 1 else window  # a hostile reply may be large in any phase
         values: dict[str, T] = {}  # values that wait for their turn
         log_at = time.time() + PROGRESS_EVERY
         for message_id, node in list(batch.pending.items()):
@@ -195,7 +196,7 @@ class Mailbox:
         room = min(MAX_WAITING, MAX_LOOK - len(ids), self.together)
         late = {self.late.popleft(): None for _ in range(min(len(self.late), room))}
         values: dict[str, T] = {}
-        for message_id, reply in self._pull([*ids, *late], batch.deadline if is_last_look else None):
+        for message_id, reply in self._pull(ids, list(late), batch.deadline if is_last_look else None):
             late.pop(message_id, None)
             node = batch.pending.pop(message_id, None)
             if node is None:  # a late reply, or a second one
@@ -228,26 +229,30 @@ class Mailbox:
         self.bytes_sent = self.bytes_received = 0
         return counts
 
-    def _pull(self, ids: Sequence[str], deadline: float | None) -> Iterator[tuple[str, Message | Exception]]:
+    def _pull(
+        self, ids: Sequence[str], late: Sequence[str], deadline: float | None
+    ) -> Iterator[tuple[str, Message | Exception]]:
         """Fetch the replies that have arrived. For a reply that Flower cannot decode, yield the exception.
 
-        In the last look of a phase, which has its `deadline`, downloads that are not complete get a little more time.
+        In the last look of a phase, which has its `deadline`, downloads of `ids` that are not complete get a little
+        more time, all of them together.
         """
+        both = [*ids, *late]
         if self.together > 1:
-            for start in range(0, len(ids), self.together):
-                found = list(self.grid.pull_messages(ids[start : start + self.together]))
+            for start in range(0, len(both), self.together):
+                found = list(self.grid.pull_messages(both[start : start + self.together]))
                 while found:  # the memory of each message is free when it is read
                     message = found.pop(0)
                     yield message.metadata.reply_to_message_id, message
             return
-        for message_id in ids:
+        for message_id in both:
             if message_id not in self.downloads:
                 download = self.downloads[message_id] = Download(self.grid, message_id)
                 download.start()
-                download.join(GLANCE)
-        for message_id in ids:
+                download.join(GLANCE if deadline is None else 0)
+        for message_id in both:
             download = self.downloads[message_id]
-            if deadline is not None:
+            if deadline is not None and message_id in ids:
                 download.join(max(0.0, max(deadline, download.began) + PATIENCE - time.time()))
             if download.is_alive():
                 continue
@@ -300,7 +305,9 @@ def read_arrays(content: RecordDict, sent: ArrayRecord) -> dict[str, Tensor]:
 
 
 def metric_key(name: str) -> str:
-    """Return the name of a metric in a reply. Accuracy has that of Flower's own apps."""
+    """Return the name of a metric in a reply. Accuracy has that of Flower's own apps. Raises UserError for "acc"."""
+    if name == "acc":
+        raise UserError("rename the metric 'acc': 'eval_acc' has another meaning in the messages of Flower's apps")
     return "eval_acc" if name == "accuracy" else f"eval_{name}"
 
 
@@ -316,10 +323,14 @@ def read_metrics(content: RecordDict, expected: Mapping[str, Any]) -> tuple[dict
     values: dict[str, Any] = {}
     for name, like in expected.items():
         value = metrics.get(name)
-        if isinstance(like, list) and isinstance(value, list) and len(value) == len(like):
+        if value is None and name not in REQUIRED:
+            values[name] = None
+        elif isinstance(like, list):
+            if not isinstance(value, list) or len(value) != len(like):
+                raise Rejected(f"{name} is {brief(value)}, not a list of {len(like)} numbers")
             values[name] = [None if math.isnan(number) else read_number(name, number) for number in value]
         else:
-            values[name] = None if value is None and name not in REQUIRED else read_number(name, value)
+            values[name] = read_number(name, value)
     if not 0 <= values.get("eval_acc", 0) <= 1:
         raise Rejected(f"eval_acc is {values['eval_acc']}, not between 0 and 1")
     return values, num_examples

@@ -7,8 +7,9 @@ import hashlib
 import inspect
 import io
 import json
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -42,6 +43,9 @@ def labels_of(source: Source, split: str) -> np.ndarray:
     labels = np.array([-1 if label is None else label for label in column.to_pylist()], dtype=np.int64)
     if (labels < 0).any():
         raise UserError(f"some images have no label, the first is number {int((labels < 0).argmax())} of {split}")
+    if (beyond := labels >= len(source.class_names)).any():
+        first, count = int(beyond.argmax()), len(source.class_names)
+        raise UserError(f"image number {first} of {split} has the label {labels[first]}, and there are {count} classes")
     return labels
 
 
@@ -50,7 +54,7 @@ def common_shape(source: Source, image_size: int) -> tuple[int, int, int]:
     path = cache_folder() / f"{'-'.join(key_of(source, split) for split in source.splits)}.json"
     try:
         channels, size = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError):
         headers = set()
         for split in source.splits:
             for data, name in encoded(source, split):
@@ -74,21 +78,37 @@ def decoded(source: Source, split: str, shape: tuple[int, int, int]) -> np.ndarr
     size = (len(source.splits[split]), *shape)
     code = hashlib.sha256(inspect.getsource(to_pixels).encode()).hexdigest()[:8]
     path = cache_folder() / f"{key_of(source, split)}-{'x'.join(map(str, shape))}-{code}.npy"
+    beside = path.with_suffix(".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
-            if not path.exists():
-                beside = path.with_suffix(".part")
+            images = in_cache(path, size)
+            if images is None:
                 with beside.open("wb") as file:
                     header = {"descr": "|u1", "fortran_order": False, "shape": size}
                     np.lib.format.write_array_header_1_0(file, header)
                     file.writelines(image.tobytes() for image in decode(source, split, shape))
+                    file.flush()
+                    os.fsync(file.fileno())
                 beside.replace(path)
-        images: np.ndarray = np.load(path, mmap_mode="r")
+                images = in_cache(path, size)
+        if images is None:
+            raise OSError(f"{path} cannot be read back")
         return images
     except OSError as error:
+        with contextlib.suppress(OSError):
+            beside.unlink()
         log.warning("The decoded images of %s cannot be kept in %s: %s", split, path.parent, error)
         return np.fromiter(decode(source, split, shape), np.dtype((np.uint8, shape)), size[0])
+
+
+def in_cache(path: Path, size: tuple[int, ...]) -> np.ndarray | None:
+    """Return the images in a file of the cache; None if there is none, or if it is damaged."""
+    try:
+        images: np.ndarray = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError):
+        return None
+    return images if images.shape == size and images.dtype == np.uint8 else None
 
 
 def decode(source: Source, split: str, shape: tuple[int, int, int]) -> Iterator[np.ndarray]:
@@ -141,15 +161,21 @@ def encoded(source: Source, split: str) -> Iterator[tuple[io.BytesIO | str, str]
 
 @lru_cache(maxsize=8)
 def key_of(source: Source, split: str) -> str:
-    """Return a digest of the encoded images of a split: of their bytes, or of path, size and time of their files."""
+    """Return a digest of the encoded images of a split: of their bytes, or of their files' paths and states."""
     digest = hashlib.sha256()
     for row in rows_of(source, split):
         if row["bytes"] is None and row["path"]:
-            status = Path(row["path"]).stat()
-            digest.update(repr((row["path"], status.st_size, status.st_mtime_ns)).encode())
+            digest.update(digest_of_files([Path(row["path"])]).encode())
         else:
             digest.update(row["bytes"] or b"")
     return digest.hexdigest()[:20]
+
+
+def digest_of_files(paths: Iterable[Path]) -> str:
+    """Return a digest of paths and what changes with a file: a copy or a rename may keep its size and time."""
+    states = [(str(path), path.stat()) for path in paths]
+    about = [(path, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for path, s in states]
+    return hashlib.sha256(repr(about).encode()).hexdigest()[:20]
 
 
 def cache_folder() -> Path:

@@ -62,7 +62,8 @@ def main(grid: Grid, context: Context) -> None:
 
             # --- 1. TRAIN on the cohort, and 2. aggregate the models that come back. What is frozen does not travel
             model = {name: tensor for name, tensor in state.model.items() if name not in frozen}
-            instructions = {"server-round": server_round, "app": CODE, **test_data.facts}
+            same = {"app": CODE, "frozen": state.identity["frozen parameters"]}  # on all nodes as here
+            instructions = {"server-round": server_round, **same, **test_data.facts}
             batch, model, train_loss = train(mailbox, cohort, model, instructions | {"lr": lr}, config)
             state.model = state.model | model
             state.last_fault = batch.log_faults()
@@ -204,9 +205,10 @@ def weighted_mean(updates: Iterable[tuple[StateDict, int]], like: StateDict) -> 
     """
     # NumPy adds in one thread. PyTorch's threads would spin after each sum, on cores that simulated nodes need.
     sums = {name: np.zeros(t.numel(), np.complex128 if t.is_complex() else np.float64) for name, t in like.items()}
-    total = 0
+    total, unchanged = 0, set(like)  # what no node has changed stays as it is, such as an int64 beyond 2**53
     for arrays, num_examples in updates:
         total += num_examples
+        unchanged -= {n for n in unchanged if not torch.equal(arrays[n], like[n].to(arrays[n].dtype))}
         for name, running in sums.items():
             flat = arrays[name].numpy().reshape(-1)
             for i in range(0, len(flat), BLOCK):
@@ -216,7 +218,8 @@ def weighted_mean(updates: Iterable[tuple[StateDict, int]], like: StateDict) -> 
         return None
     means = {n: torch.from_numpy(np.divide(s, total, out=s)).view(like[n].shape) for n, s in sums.items()}
     inexact = {name for name, t in like.items() if t.is_floating_point() or t.is_complex()}
-    return {n: (mean if n in inexact else mean.round()).to(like[n].dtype) for n, mean in means.items()}
+    rounded = {n: mean if n in inexact else mean.round() for n, mean in means.items()}
+    return {n: like[n] if n in unchanged else mean.to(like[n].dtype) for n, mean in rounded.items()}
 
 
 # ------------------------------------------------------------------ 3. Central evaluation
@@ -229,7 +232,7 @@ def evaluate_centrally(model: StateDict, test_data: task.Data, config: RunConfig
     metrics = task.test(net, test_data, device)
     numbers = [f"{name}: {value:7.4f}" for name, value in metrics.items() if isinstance(value, int | float)]
     log.info("💡 Centrally evaluated model -> %s", " /  ".join(numbers))
-    return figures.without_nan(metrics)
+    return figures.checked(metrics, SCORE)
 
 
 # ------------------------------------------------------------------------------- 4. QUERY

@@ -42,6 +42,15 @@ def frozen(net: nn.Module) -> dict[str, Tensor]:
     return {n: t.detach() for n, t in tensors.items() if isinstance(t, nn.Parameter) and not t.requires_grad}
 
 
+def frozen_digest(parameters: Mapping[str, Tensor]) -> str:
+    """Return a digest of the frozen parameters. They must be the same at the server and on all nodes."""
+    digest = hashlib.sha256()
+    for name, tensor in parameters.items():
+        digest.update(name.encode())
+        digest.update(tensor.resolve_conj().flatten().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
 def log_environment() -> None:
     """Log versions and environment, which show if the SuperLink of another project took the run."""
     log.info("flwr %s, torch %s, app %s, in %s", version("flwr"), torch.__version__, __version__, sys.prefix)
@@ -129,7 +138,8 @@ def cut_lines(path: Path, last_round: int) -> None:
 
 def load_model(name: str, net: nn.Module) -> None:
     """Load the state_dict in a file into `net`. Raises UserError unless it fits, is finite and holds data only."""
-    path = Path(name).expanduser().absolute()
+    with explained("initial-model"):
+        path = Path(name).expanduser().absolute()
     fresh = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     with explained(f"initial-model: {path} is not a state_dict of this model with data only"):
         net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
@@ -157,14 +167,12 @@ def first_state(
     """
     if config.initial_model and not config.resume_from:
         load_model(config.initial_model, net)
-    model = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    with explained("make_model's state_dict cannot be sent"):
+        model = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     # A run is resumed only with the same configuration, model and data.
     identity = config.model_dump(by_alias=True, exclude=OPERATIONAL) | {**facts, "score": score}
     identity |= {f"model: {name}": f"{tensor.dtype} {tuple(tensor.shape)}" for name, tensor in model.items()}
-    fixed = [
-        name.encode() + t.flatten().contiguous().view(torch.uint8).numpy().tobytes() for name, t in frozen(net).items()
-    ]
-    identity |= {"frozen parameters": hashlib.sha256(b"".join(fixed)).hexdigest()[:16], "data": fingerprint}
+    identity |= {"frozen parameters": frozen_digest(frozen(net)), "data": fingerprint}
     return ServerState(identity, model)
 
 
@@ -177,7 +185,9 @@ def open_run(
     Raises UserError when the directory cannot be written, is in use by another run, or belongs to a run with
     other settings.
     """
-    directory = Path(config.resume_from).expanduser().absolute() if config.resume_from else make_directory(config)
+    with explained("resume-from"):
+        resumed = Path(config.resume_from).expanduser().absolute()
+    directory = resumed if config.resume_from else make_directory(config)
     if config.resume_from and not (directory / "checkpoints" / "last.pt").is_file():
         raise UserError(f"resume-from: {directory} is not the directory of a run that has committed a round")
     with lock(directory):
@@ -219,6 +229,8 @@ def lock(directory: Path) -> AbstractContextManager[object]:
         with suppress(OSError):
             run = json.loads((directory / "run_config.json").read_text(encoding="utf-8"))["run-id"]
         raise UserError(f"resume-from: {directory} is in use by run {run}. To stop it: flwr stop {run}") from error
+    except PermissionError as error:
+        raise UserError(f"resume-from: {directory / '.lock'} cannot be locked: {one_line(error)}") from error
     except (NotImplementedError, OSError) as error:
         log.warning("This file system has no locks (%s): make sure that no other run uses %s.", error, directory)
         return nullcontext()

@@ -66,6 +66,8 @@ class InProcessSuperLink:
         self.asked.append({key.replace("_", "-"): value for key, value in run_config.items()} | {"nodes": nodes})
         small = {"dataset": self.app.defaults["dataset"], "num-server-rounds": 2, "query-timeout": 2.0}
         small["output-dir"] = self.app.defaults["output_dir"]
+        if run_config.get("partitioner") == "pathological":
+            small["classes-per-node"] = 2  # so that few nodes hold all classes
         directory = self.app.run(self.app.grid(num_nodes=NODES), **run_config | small)
         return FinishedRun("1", "", "finished:completed", directory)
 

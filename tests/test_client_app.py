@@ -5,6 +5,7 @@ import math
 import time
 
 import datasets
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from PIL import Image
 from torch import nn
 
-from pytorch_example_low_level import client_app, images, task
+from pytorch_example_low_level import client_app, images, task, utils
 from pytorch_example_low_level.config import CODE, Purpose, RunConfig, random_stream
 from pytorch_example_low_level.messaging import to_array_record
 from tests.conftest import model, results, same_bits
@@ -406,6 +407,30 @@ def test_only_frozen_parameters_may_be_missing(settings, monkeypatch, message_ty
     assert 'Missing key(s) in state_dict: "head.bias".' in reason
     content["arrays"]["other"] = whole["head.bias"]
     assert 'Unexpected key(s) in state_dict: "other".' in ask(settings, message_type, content).error.reason
+
+
+@BOTH
+def test_a_node_with_other_frozen_parameters_says_so(settings, monkeypatch, message_type):
+    """Such as those of another version of a file of weights: the node would train another model in silence."""
+    monkeypatch.setattr(task, "make_model", lambda facts: Odd(1, 10))
+    net = task.initial_model(FACTS, settings["seed"])
+    frozen = utils.frozen(net)
+    sent = {name: tensor for name, tensor in net.state_dict().items() if name not in frozen}
+    for change, right in ((0, True), (1, False)):
+        digest = utils.frozen_digest({name: tensor + change for name, tensor in frozen.items()})
+        content = instructions(server_round=1, lr=0.1, frozen=digest)
+        content["arrays"] = to_array_record(sent)
+        reply = ask(settings, message_type, content)
+        assert reply.has_content() == right
+    assert reply.error.reason.startswith("make_model has other frozen parameters here than at the server: [")
+
+
+def test_metrics_of_all_kinds_of_numbers_reach_the_server(settings, monkeypatch):
+    metrics = {"loss": np.float64(1), "accuracy": True, "counts": [3, None, 0.5]}
+    monkeypatch.setattr(task, "test", lambda *args: metrics)
+    record = ask(settings, MessageType.EVALUATE, instructions(task.Net(1, 10), server_round=1)).content["metrics"]
+    assert (record["eval_loss"], record["eval_acc"], record["eval_counts"][::2]) == (1.0, 1.0, [3.0, 0.5])
+    assert math.isnan(record["eval_counts"][1])
 
 
 def test_a_server_that_sends_everything_gets_everything(settings, monkeypatch):

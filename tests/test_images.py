@@ -1,6 +1,7 @@
 """Folders and data sets of images: all that is there is used, with its label, or one error says what is wrong."""
 
 import hashlib
+import os
 import re
 import shutil
 import unicodedata
@@ -439,12 +440,13 @@ def test_a_nodes_own_folder_is_split_like_a_partition(tmp_path, tiny_dataset):
     rows = datasets.load_dataset(tiny_dataset, split="train").select(range(20))
     rows.save_to_disk(tmp_path / "mine")
     rows.to_parquet(tmp_path / "files" / "train.parquet")
-    datasets.DatasetDict(test=rows.select([0]), train=rows).save_to_disk(tmp_path / "both")
     first = node(tmp_path / "mine", 3)
     assert [len(part) for part in first.values()] == [16, 4]
-    for name in ("files", "both"):
-        other = node(tmp_path / name, 3)
-        assert all(torch.equal(first[part].images, other[part].images) for part in first)
+    other = node(tmp_path / "files", 3)
+    assert all(torch.equal(first[part].images, other[part].images) for part in first)
+    datasets.DatasetDict(test=rows.select([0]), train=rows).save_to_disk(tmp_path / "both")
+    with pytest.raises(UserError, match=r"it has the splits \['test', 'train'\], and a node's images are in one"):
+        node(tmp_path / "both", 3)
 
 
 # ------------------------------------------------------------------------------ The bundle
@@ -617,6 +619,89 @@ def test_without_a_cache_that_can_be_written_images_are_decoded_in_memory(tmp_pa
     assert "cannot be kept in" in caplog.text
 
 
+@pytest.mark.parametrize("damage", [b"", b"\0" * 200, "cut"])
+def test_a_damaged_file_of_the_cache_is_made_again(tmp_path, monkeypatch, damage):
+    monkeypatch.setattr(pixels, "cache_folder", lambda: tmp_path / "cache")
+    source, shape = images.opened(typed_config(dataset=saved(tmp_path, photos(9, 7, b=(LABEL, [0, 1])))))
+    whole = np.array(pixels.decoded(source, "test", shape))
+    for path in (tmp_path / "cache").glob("*.npy"):
+        path.write_bytes(path.read_bytes()[:-1] if damage == "cut" else damage)
+    for path in (tmp_path / "cache").glob("*.json"):
+        path.write_text("3")
+    pixels.decoded.cache_clear()
+    assert np.array_equal(pixels.decoded(source, "test", shape), whole)
+    assert pixels.common_shape(source, 0) == shape
+
+
+def test_a_disk_that_is_full_keeps_nothing_of_the_cache(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(pixels, "cache_folder", lambda: tmp_path / "cache")
+    source, shape = images.opened(typed_config(dataset=saved(tmp_path, photos(9, 7, b=(LABEL, [0, 1])))))
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pixels.os, "fsync", full)
+    assert len(pixels.decoded(source, "test", shape)) == 2
+    assert "No space left" in caplog.text
+    assert not list((tmp_path / "cache").glob("*.part"))
+
+
+def test_files_that_keep_their_size_and_time_are_read_again(tmp_path):
+    """Mislabelled images that are swapped, and a table that is replaced, with the times of a reproducible archive."""
+
+    def reread(folder: Path) -> dict[int, str]:
+        for path in folder.rglob("*.*"):
+            os.utime(path, (10**9, 10**9))
+        for cached in (images.read, images.load_folder, pixels.decoded, pixels.labels_of, pixels.key_of):
+            cached.cache_clear()
+        return used(*node(folder).values())
+
+    folder = fill(tmp_path / "own", "cat/1.bmp", "dog/1.bmp")
+    assert reread(folder) == {1: "cat", 2: "dog"}
+    (folder / "cat" / "1.bmp").rename(tmp_path / "1.bmp")
+    (folder / "dog" / "1.bmp").rename(folder / "cat" / "1.bmp")
+    (tmp_path / "1.bmp").rename(folder / "dog" / "1.bmp")
+    assert reread(folder) == {2: "cat", 1: "dog"}
+    tables = tmp_path / "tables"
+    photos(1, 2, label=(LABEL, [0, 1])).to_parquet(tables / "train.parquet")
+    assert reread(tables) == {1: "cat", 2: "dog"}
+    photos(3, 4, 5, label=(LABEL, [0, 1, 1])).to_parquet(tables / "train.parquet")
+    assert reread(tables) == {3: "cat", 4: "dog", 5: "dog"}
+
+
+def test_tables_with_other_names_of_the_classes_are_refused(tmp_path):
+    """`datasets` would read the numbers of both with the names of the first."""
+    other = datasets.ClassLabel(names=["dog", "eel"])
+    photos(1, 2, label=(LABEL, [0, 1])).to_parquet(tmp_path / "train.parquet")
+    photos(3, 4, label=(other, [0, 1])).to_parquet(tmp_path / "test.parquet")
+    with pytest.raises(UserError, match=r"different classes: .*test\.parquet: .*dog.*eel.*train\.parquet: .*cat.*dog"):
+        server(tmp_path)
+
+
+def test_labels_that_can_be_read_in_two_ways_are_refused(tmp_path):
+    def read(name: str, feature, labels: list) -> images.Split:
+        return server(saved(tmp_path / name, photos(*range(1, len(labels) + 1), label=(feature, labels))))
+
+    assert read("signs", NUMBER, [-1, 1, 1]).class_names == ["-1", "1"]
+    with pytest.raises(UserError, match="column 'label' has -1, which may be a class or mean that there is none"):
+        read("hidden", NUMBER, [-1, 0, 1, 1])
+    with pytest.raises(UserError, match="names differ only in Unicode's normal form"):
+        read("unicode", TEXT, ["café", "cafe\u0301", "tea", "tea"])
+
+
+def test_a_label_beyond_the_classes_is_named():
+    rows = datasets.Dataset.from_dict({"image": [None] * 3, "label": [0, 5, 1]})
+    with pytest.raises(UserError, match="image number 1 of train has the label 5, and there are 2 classes"):
+        pixels.labels_of(pixels.Source("", {"train": rows}, BINARY), "train")
+
+
+def test_a_pipe_among_the_images_is_refused_without_waiting_for_it(tmp_path):
+    folder = fill(tmp_path / "own", "a/1.png", "b/1.png")
+    os.mkfifo(folder / "a" / "2.png")
+    with pytest.raises(UserError, match=r"2\.png is not a file"):
+        node(folder)
+
+
 def test_what_was_read_is_logged(tmp_path, caplog):
     caplog.set_level("INFO", logger="flwr")
     server(data_set(tmp_path / "data"))
@@ -701,6 +786,15 @@ def sites(folder: Path) -> str:
     return saved(folder, rows)
 
 
+def test_other_sites_of_the_same_images_are_other_data(tmp_path):
+    def fingerprint(folder: str, where: list[str]) -> str:
+        rows = photos(*range(1, 13), label=(LABEL, [0, 1] * 6), hospital=(TEXT, where))
+        path = saved(tmp_path / folder, rows)
+        return server(path, partitioner="natural", partition_column="hospital").fingerprint()
+
+    assert fingerprint("a", ["x", "y"] * 6) == fingerprint("b", ["x", "y"] * 6) != fingerprint("c", ["y", "x"] * 6)
+
+
 def test_a_site_is_a_node(tmp_path):
     folder, how = sites(tmp_path), {"how": "natural", "partition_column": "hospital"}
     found = [sorted(used(*load(folder, number, 3, **how).values())) for number in range(3)]
@@ -713,6 +807,14 @@ def test_a_site_is_a_node(tmp_path):
         UserError, match=r"there is no partition-column 'ward'; the columns are \['photo', 'label', 'hos"
     ):
         load(folder, 0, 3, how="natural", partition_column="ward")
+
+
+def test_partitions_that_cannot_be_are_refused(tiny_dataset):
+    with pytest.raises(UserError, match=r"4 nodes with classes-per-node=2 cannot hold all 10 classes; use more"):
+        load(tiny_dataset, 0, 4, how="pathological", classes_per_node=2)
+    for how in ("iid", "dirichlet"):
+        with pytest.raises(UserError, match=r"partition-id is 5; allowed are 0 to 3"):
+            load(tiny_dataset, 5, 4, how=how)
 
 
 def test_more_nodes_than_images_is_an_error_with_both_numbers(tiny_dataset):
@@ -744,7 +846,7 @@ def test_a_data_set_is_read_once_a_process(tiny_dataset, monkeypatch):
     images.read.cache_clear()
     asked = []
     real = datasets.load_dataset
-    monkeypatch.setattr(datasets, "load_dataset", lambda *args: asked.append(args) or real(*args))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **more: asked.append(args) or real(*args, **more))
     for partition in range(4):
         load(tiny_dataset, partition)
     server(tiny_dataset)

@@ -14,6 +14,7 @@ from torch import nn
 
 from pytorch_example_low_level import client_app, figures, images, server_app, task
 from pytorch_example_low_level.config import CODE, UserError
+from pytorch_example_low_level.utils import frozen_digest
 from tests.conftest import model, results, same_bits
 from tests.grid import FACTS, InProcessGrid, TimedGrid, typed_config
 
@@ -132,7 +133,7 @@ def test_the_messages_are_those_of_the_contract(app):
     for server_round, lr in ((1, 0.05), (2, 0.025)):
         assert [len(m[server_round]) for m in (train, query, evaluate)] == [3, 5, 5]
         to_train, to_evaluate = train[server_round][0], evaluate[server_round][0]
-        whole = {"server-round": server_round, "app": CODE, **facts}
+        whole = {"server-round": server_round, "app": CODE, "frozen": frozen_digest({}), **facts}
         assert config_of(to_train, 1e3) == whole | {"lr": lr}
         assert config_of(query[server_round][0], 2e3) == {"server-round": server_round, "max-delay": 0.01}
         assert config_of(to_evaluate, 3e3) == whole

@@ -18,7 +18,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MessageTy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pytorch_example_low_level import figures, server_app, task
+from pytorch_example_low_level import figures, messaging, server_app, task
 from pytorch_example_low_level.config import UserError
 from pytorch_example_low_level.messaging import MAX_EXAMPLES, MAX_WAITING, Mailbox, Node, connected_nodes
 from pytorch_example_low_level.server_app import (
@@ -211,9 +211,21 @@ def test_a_cohort_of_one_comes_back_bit_by_bit():
         "byte": torch.arange(250, dtype=torch.uint8), "none": torch.zeros(0, 3),
     }  # fmt: skip
     reply = {**model, "half": model["half"].float()}  # NumPy, and so a message, has no bfloat16
-    mean = weighted_mean([(reply, 13)], like=model)
+    mean = weighted_mean([(reply, 13)], like={name: torch.zeros_like(tensor) for name, tensor in model.items()})
     assert same_bits(mean, model)
-    assert mean["w"] is not model["w"]
+
+
+def test_what_no_node_has_changed_stays_as_it_is():
+    """A sum in double precision would change these."""
+    same = {
+        "large": torch.tensor([2**63 - 1, 2**60 + 1]), "mask": torch.tensor([complex(0, -math.inf)]),
+        "third": torch.tensor([1 / 3, 0.1, 0.7], dtype=torch.float64), "half": torch.ones(2, dtype=torch.bfloat16),
+    }  # fmt: skip
+    like = {**same, "w": torch.zeros(1)}
+    replies = [({**same, "half": same["half"].float(), "w": torch.ones(1)}, n) for n in (3, 7, 9)]
+    assert same_bits(weighted_mean(replies, like), {**same, "w": torch.ones(1)})
+    replies[1][0]["third"] = torch.zeros(3, dtype=torch.float64)  # one node has changed it
+    assert weighted_mean(replies, like)["third"].tolist() == pytest.approx([12 / 57, 1.2 / 19, 8.4 / 19])
 
 
 def test_a_mean_over_several_blocks_has_the_bits_of_the_whole():
@@ -410,7 +422,8 @@ def test_a_further_metric_is_averaged_over_the_nodes_that_have_it(grid, caplog):
 @pytest.mark.parametrize(
     ("metrics", "reason"),
     [
-        ({"eval_f1": [0.5]}, "eval_f1 is [0.5], not a finite number"),  # another length
+        ({"eval_f1": [0.5]}, "eval_f1 is [0.5], not a list of 2 numbers"),
+        ({"eval_f1": 0.5}, "eval_f1 is 0.5, not a list of 2 numbers"),
         ({"eval_f1": [0.5, math.inf]}, "eval_f1 is inf, not a finite number"),
         ({"eval_auc": math.nan}, "eval_auc is nan, not a finite number"),
         ({"eval_auc": [0.5]}, "eval_auc is [0.5], not a finite number"),
@@ -462,6 +475,32 @@ def test_a_central_figure_that_is_no_number_is_null(monkeypatch, caplog):
     assert lines_of(caplog, "INFO")[-1] == "💡 Centrally evaluated model -> loss:  0.5000 /  accuracy:  0.2500"
 
 
+@pytest.mark.parametrize(
+    ("metrics", "reason"),
+    [
+        ({"accuracy": 0.5}, r"must return 'loss' and the score 'accuracy'; \{'loss'\} is not in"),
+        ({"loss": 1.0}, r"\{'accuracy'\} is not in"),
+        ({"loss": 1.0, "accuracy": [0.5]}, "the score 'accuracy' must be a number or None"),
+        ({"loss": 1.0, "accuracy": 0.5, "node": 1}, r"names are taken: \['node'\]"),
+        ({"loss": 1.0, "accuracy": 0.5, "num_examples": 1}, r"names are taken: \['num_examples'\]"),
+        ({"loss": 1.0, "accuracy": 0.5, "accuracy_min": 1}, r"taken: \['federated_evaluate_accuracy_min'\]"),
+        ({"loss": 1.0, "accuracy": 0.5, "loss_std": 1}, r"taken: \['federated_evaluate_loss_std'\]"),
+    ],
+)
+def test_metrics_whose_names_are_missing_or_taken_are_refused(metrics, reason):
+    with pytest.raises(UserError, match=reason):
+        figures.checked(metrics, "accuracy")
+    with pytest.raises(UserError, match="rename the metric 'acc'"):
+        messaging.metric_key("acc")
+
+
+def test_metrics_are_recorded_as_numbers_of_python():
+    """A checkpoint with NumPy's would not be data only."""
+    recorded = figures.checked({"loss": np.float64(1), "accuracy": True, "counts": [np.float64(2), 3]}, "accuracy")
+    assert recorded == {"loss": 1.0, "accuracy": 1.0, "counts": [2.0, 3]}
+    assert [type(value) for value in [*recorded.values()][:2] + recorded["counts"]] == [float, float, float, int]
+
+
 @pytest.mark.parametrize("value", [torch.tensor(0.5), np.float32(0.5), [0.5, torch.tensor(0.5)], "0.5"])
 def test_a_metric_that_cannot_be_recorded_is_named_before_anything_is_committed(monkeypatch, value):
     """A tensor would otherwise reach the checkpoint, and fail in results.json."""
@@ -476,7 +515,8 @@ def test_the_central_evaluation_is_of_the_model_it_is_given(monkeypatch):
     net, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
     seen = []
     monkeypatch.setattr(task, "initial_model", lambda *args: net)
-    monkeypatch.setattr(task, "test", lambda net, *args: seen.append(net.state_dict()) or {"loss": 1.0})
+    metrics = {"loss": 1.0, "accuracy": 0.5}
+    monkeypatch.setattr(task, "test", lambda net, *args: seen.append(net.state_dict()) or metrics)
     evaluate_centrally(other.state_dict(), NO_DATA, typed_config(), torch.device("cpu"))
     assert same_bits(seen[0], other.state_dict())
 

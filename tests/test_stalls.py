@@ -65,6 +65,37 @@ def test_later_phases_work_while_a_download_is_stalled_and_its_reply_is_dropped(
     assert (mailbox.downloads, len(mailbox.late)) == ({}, 0)
 
 
+def test_a_download_that_is_left_behind_does_not_delay_a_later_phase():
+    grid = StallingGrid({1})
+    mailbox = Mailbox(grid)
+    phase(mailbox, 0.3)
+    grid.delays[2] = 60.0
+    used, _, late = phase(mailbox, 0.3)
+    assert used == [0, 1, 3]
+    assert late < 0.2  # and not another patience
+    grid.released.set()
+
+
+@pytest.mark.parametrize(("nodes", "groups"), [(8, 1), (16, 2)])
+def test_nodes_that_all_stall_cost_one_patience_for_each_eight(nodes, groups):
+    grid = StallingGrid(set(range(nodes)), nodes=nodes)
+    used, batch, late = phase(Mailbox(grid), 0.6)
+    assert (used, batch.failed) == ([], nodes)
+    assert groups * 0.4 <= late < groups * 0.4 + 0.3
+    grid.released.set()
+
+
+def test_at_most_eight_replies_of_any_phase_are_fetched_at_a_time():
+    grid = StallingGrid(set(range(20)), nodes=30)
+    mailbox = Mailbox(grid)
+    at_once: list[int] = []
+    threading.Timer(1.3, lambda: at_once.append(len(mailbox.downloads))).start()
+    batch = mailbox.send(connected_nodes(grid), MessageType.QUERY, RecordDict(), 1, 1.5)
+    assert len(list(mailbox.collect(batch, lambda content: content))) == 10
+    assert at_once == [messaging.MAX_WAITING]
+    grid.released.set()
+
+
 def test_a_slow_download_of_a_prompt_reply_counts():
     grid = StallingGrid({2})
     mailbox = Mailbox(grid)

@@ -4,6 +4,7 @@ import json
 import re
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -140,6 +141,17 @@ def test_the_runs_of_a_sweep_are_a_group_in_wandb(superlink, short_sleeps, monke
     (folder,) = superlink.app.latest().glob("wandb/offline-run-*")
     runs = [record.run for record in records_of(folder) if record.WhichOneof("record_type") == "run"]
     assert runs[0].run_group == "rates"
+
+
+def test_settings_that_differ_only_in_odd_characters_have_folders_of_their_own(superlink, monkeypatch, tmp_path):
+    monkeypatch.setattr(sweep, "LocalSuperLink", superlink)
+    names = ("wandb-project='a/b'", "wandb-project='a+b'")
+    variants = {name: {} for name in names}
+    with sweep.runner(SimpleNamespace(in_process=False, nodes=2, out=tmp_path / "x"), variants) as run:
+        for name in names:
+            run(name, 0)
+    folders = {asked["output-dir"] for asked in superlink.asked}
+    assert len(folders) == 2
 
 
 def test_differences_are_compared_with_the_spread():

@@ -292,6 +292,23 @@ def test_a_lock_is_released_when_a_run_ends_or_fails(tmp_path):
             raise KeyError
 
 
+def test_a_lock_of_another_user_is_respected(tmp_path, monkeypatch):
+    def acquire(*args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(utils.FileLock, "acquire", acquire)
+    with pytest.raises(UserError, match=r"resume-from: .*\.lock cannot be locked: .*Permission denied"):
+        utils.lock(tmp_path)
+
+
+def test_a_model_that_cannot_be_sent_and_paths_of_nobody_are_one_clear_error(app):
+    with pytest.raises(UserError, match="make_model's state_dict cannot be sent: "):
+        utils.first_state(typed_config(), nn.LazyLinear(2), {}, "", SCORE)
+    for key in ("initial_model", "resume_from"):
+        with pytest.raises(UserError, match=key.replace("_", "-")):
+            app.run(**{key: "~nosuchuser/x"})
+
+
 @pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK])
 def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, caplog, code):
     """And it gets no soft lock, a file which a killed process leaves behind."""
