@@ -45,6 +45,8 @@ def make_certificates(folder: Path, hosts: Sequence[str] = (HOST, "localhost", "
     ca = trustme.CA(path_length=0, organization_unit_name="Flower federation's CA")
     names = dict.fromkeys([*hosts, HOST])
     server = ca.issue_cert(*names, common_name="SuperLink", not_before=begin, not_after=begin + VALID_FOR)
+    for leftover in ("server.key", "server.crt"):  # of a call that was interrupted
+        (folder / leftover).unlink(missing_ok=True)
     write_new(folder / "server.key", server.private_key_pem.bytes(), private=True)
     write_new(folder / "server.crt", server.cert_chain_pems[0].bytes(), private=False)
     write_new(folder / "ca.crt", ca.cert_pem.bytes(), private=False)
@@ -62,5 +64,6 @@ def make_node_key(path: Path) -> None:
     openssh = serialization.PrivateFormat.OpenSSH
     private = key.private_bytes(serialization.Encoding.PEM, openssh, serialization.NoEncryption())
     public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
-    write_new(path, private, private=True)
+    path.with_suffix(".pub").unlink(missing_ok=True)  # of a call that was interrupted
     write_new(path.with_suffix(".pub"), public + b"\n", private=False)
+    write_new(path, private, private=True)

@@ -417,5 +417,6 @@ def choose(
     found = [wanted] if wanted else [name for name in usual if name in features] or candidates
     if len(found) != 1 or found[0] not in allowed:
         types = {name: getattr(feature, "dtype", feature) for name, feature in features.items()}
-        raise UserError(f"{key} is {wanted!r}; set it to one of {candidates or allowed}. The columns are {types}")
+        choice = f"set it to one of {candidates or allowed}" if allowed else "no column has the type that it needs"
+        raise UserError(f"{key} is {wanted!r}; {choice}. The columns are {types}")
     return found[0]

@@ -184,6 +184,15 @@ def test_the_certificate_is_for_these_names_for_a_year_and_for_a_server(tmp_path
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def test_keys_of_an_interrupted_call_are_made_again(tmp_path):
+    (tmp_path / "server.key").touch()
+    (tmp_path / "node.pub").touch()
+    make_certificates(tmp_path)
+    make_node_key(tmp_path / "node")
+    names = ("server.key", "server.crt", "ca.crt", "node", "node.pub")
+    assert all((tmp_path / name).stat().st_size for name in names)
+
+
 def test_partitions_are_written_for_each_node_and_never_over_others(tmp_path, tiny_dataset, monkeypatch, capsys):
     options = ["--nodes", "3", "--dataset", tiny_dataset, "--out", str(tmp_path / "parts")]
     monkeypatch.setattr(sys, "argv", ["prepare_partitions", *options])

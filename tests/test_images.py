@@ -669,6 +669,14 @@ def test_files_that_keep_their_size_and_time_are_read_again(tmp_path):
     assert reread(tables) == {3: "cat", 4: "dog", 5: "dog"}
 
 
+def test_a_table_without_a_column_of_images_says_so(tmp_path):
+    table({"image": datasets.Value("binary"), "label": LABEL}, {"image": [b"1", b"2"], "label": [0, 1]}).to_parquet(
+        tmp_path / "train.parquet"
+    )
+    with pytest.raises(UserError, match=r"image-column is ''; no column has the type that it needs\. The columns"):
+        node(tmp_path)
+
+
 def test_tables_with_other_names_of_the_classes_are_refused(tmp_path):
     """`datasets` would read the numbers of both with the names of the first."""
     other = datasets.ClassLabel(names=["dog", "eel"])
