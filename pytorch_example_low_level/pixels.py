@@ -82,7 +82,7 @@ def decoded(source: Source, split: str, shape: tuple[int, int, int]) -> np.ndarr
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
-            images = in_cache(path, size)
+            images = in_cache(path)
             if images is None:
                 with beside.open("wb") as file:
                     header = {"descr": "|u1", "fortran_order": False, "shape": size}
@@ -91,7 +91,7 @@ def decoded(source: Source, split: str, shape: tuple[int, int, int]) -> np.ndarr
                     file.flush()
                     os.fsync(file.fileno())
                 beside.replace(path)
-                images = in_cache(path, size)
+                images = in_cache(path)
         if images is None:
             raise OSError(f"{path} cannot be read back")
         return images
@@ -102,13 +102,13 @@ def decoded(source: Source, split: str, shape: tuple[int, int, int]) -> np.ndarr
         return np.fromiter(decode(source, split, shape), np.dtype((np.uint8, shape)), size[0])
 
 
-def in_cache(path: Path, size: tuple[int, ...]) -> np.ndarray | None:
+def in_cache(path: Path) -> np.ndarray | None:
     """Return the images in a file of the cache; None if there is none, or if it is damaged."""
     try:
         images: np.ndarray = np.load(path, mmap_mode="r")
     except (OSError, ValueError, EOFError):
         return None
-    return images if images.shape == size and images.dtype == np.uint8 else None
+    return images
 
 
 def decode(source: Source, split: str, shape: tuple[int, int, int]) -> Iterator[np.ndarray]:
