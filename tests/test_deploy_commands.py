@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import ssl
 import subprocess
@@ -19,13 +20,25 @@ import pytest
 from cryptography import x509
 
 from deploy import prepare_partitions
-from deploy.cli import PROJECT, STOP_SIGNALS, FederationError, command_of, family, stop, wait_for
-from deploy.keys import VALID_FOR, make_certificates, make_node_key
+from deploy.cli import (
+    PROJECT,
+    STOP_SIGNALS,
+    FederationError,
+    FlowerCli,
+    command_of,
+    family,
+    free_port,
+    start,
+    stop,
+    wait_for,
+)
+from deploy.keys import HOST, VALID_FOR, make_certificates, make_node_key
 from deploy.local_federation import Federation, dataset_of, run_command
 from deploy.prepare_partitions import write_partitions
 from pytorch_example_low_level import images
-from tests.conftest import alive
+from tests.conftest import alive, results
 from tests.grid import typed_config
+from tests.test_docs import DEPLOYMENT, section
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -110,7 +123,8 @@ def killed(tmp_path_factory):
 def restarted(killed):
     """The federation that was killed, started again while other tests run.
 
-    That takes a minute: for so long, the SuperLink takes the killed SuperNode for online.
+    That takes a minute: for so long, the SuperLink takes the killed SuperNode for online. Tests that take as long
+    stand before the last one, which needs it.
     """
     process = local_federation(killed[0])
     yield process
@@ -216,6 +230,7 @@ def test_the_record_names_a_data_set_so_that_the_server_finds_it(typed, tiny_dat
     for name in ("opened", "partitions", "rows_of_partition"):
         real = getattr(images, name)
         monkeypatch.setattr(prepare_partitions, name, lambda config, *args, real=real: real(tiny, *args))
+    monkeypatch.setattr(prepare_partitions, "plot_labels", lambda *args: None)  # it takes seconds
     write_partitions(tmp_path / "parts", 2, typed, "iid", 1.0, 42)
     assert dataset_of(tmp_path / "parts") == (tiny_dataset if typed == "./tiny" else typed)
 
@@ -259,6 +274,62 @@ def test_more_nodes_than_folders_are_refused_before_anything_starts(tmp_path):
     with pytest.raises(FederationError, match="data has no folder node-1, but each of the 3 nodes needs its own"):
         Federation(tmp_path / "state", 3, tmp_path / "data")
     assert not (tmp_path / "state").exists()
+
+
+# --------------------------------------------------------------------------- Several machines
+
+
+def test_the_steps_for_several_machines_work(tmp_path, tiny_dataset):
+    """Server, node and desk are folders here, each with the files that the steps give it."""
+    server, node, desk = (tmp_path / name for name in ("server", "node", "desk"))
+    home = {folder: FlowerCli(folder / ".flwr").env for folder in (server, node, desk)}
+    write_partitions(tmp_path / "parts", 1, tiny_dataset, "iid", 1.0, 42)
+    port = free_port()
+    settings = "num-server-rounds=1 min-available-nodes=1 min-train-nodes=1 opt-in-probability=0.0 use-wandb=false"
+    here = {
+        "server.example.org": HOST, "0.0.0.0": HOST, "8000": str(port), "/path/to/ca.crt": str(desk / "ca.crt"),
+        "/path/to/data": str(tmp_path / "parts" / "node-0"),
+        '"query-timeout=30.0"': f"\"query-timeout=30.0 dataset='{tiny_dataset}' {settings}\"",
+    }  # fmt: skip
+    steps = section(DEPLOYMENT, "## Several machines")
+    for there, ours in here.items():
+        assert there in steps
+        steps = steps.replace(there, ours)
+    commands = re.findall(r"`((?:python -c|flower-\w+|flwr \w+) [^`]+)`", steps)
+    certificates, key, superlink, register, supernode, run = map(shlex.split, commands)
+
+    def do(command: list[str], cwd: Path, env: dict[str, str]) -> str:
+        done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    processes = []
+    try:
+        for folder in (server, node):  # so that `python -c` finds this checkout
+            home[folder]["PYTHONPATH"] = str(PROJECT)
+        do(certificates, server, home[server])
+        do(key, node, home[node])
+        for folder in (node, desk):
+            shutil.copy(server / "certificates" / "ca.crt", folder)
+        shutil.copy(node / "node-key.pub", desk)
+        (configuration,) = re.findall(r"```toml\n(.*?)```", steps, re.DOTALL)
+        (desk / ".flwr" / "config.toml").write_text(configuration)
+
+        processes.append(start(superlink, server, home[server], server / "log"))
+        nodes = ["flwr", "supernode", "ls", "production", "--format", "json"]
+        wait_for(lambda: "Uvicorn running" in (server / "log").read_text())
+        wait_for(lambda: '"success": true' in FlowerCli(desk / ".flwr")(*nodes[1:]), pause=2)
+        do(register, desk, home[desk])
+        processes.append(start([*supernode, "--port", str(free_port())], node, home[node], node / "log"))
+        wait_for(lambda: json.loads(do(nodes, desk, home[desk]))["nodes"][0]["status"] == "online", pause=2)
+        log = do(run, PROJECT, home[desk])
+    finally:
+        stop(*reversed(processes))
+    (directory,) = (server / "outputs").glob("*/*")
+    row = results(directory)[1]
+    assert (row["nodes_available"], row["train_received"]) == (1, 1), log
+    assert (row["query_sent"], row["opted_in"]) == (1, 0)  # test_deployment.py has an evaluation
+    assert (directory / "final_model.pt").exists()
 
 
 # ------------------------------------------------------------------------------- Once more

@@ -5,7 +5,6 @@ import json
 import os
 import random
 import re
-import signal
 import subprocess
 import tempfile
 import time
@@ -23,7 +22,7 @@ from deploy.cli import BIN, FlowerCli, free_port, start, stop, users_of, wait_fo
 from tests.conftest import App, alive, model, results, same_bits
 from tests.wandb_files import wandb_rounds
 
-ACTIONS = ["SIGKILL"] * int(os.environ.get("KILLS", "1")) + ["SIGTERM", "flwr stop"]
+ACTIONS = ["SIGKILL"] * int(os.environ.get("KILLS", "1")) + ["flwr stop"]  # SIGTERM: test_deployment.py
 ROUNDS = 3 * len(ACTIONS) + 13  # three at most for each signal; a run ends some seconds after `flwr stop`
 SETTINGS = {
     "nodes": 6,
@@ -96,7 +95,7 @@ def interrupt(superlink: LocalSuperLink, how: str, run_id: str, directory: Path)
     if how == "flwr stop":
         superlink.flwr("stop", run_id)
     else:
-        process.send_signal(signal.Signals[how])
+        process.kill()
     wait_for(lambda: not alive([process.pid]))
 
 
@@ -227,3 +226,4 @@ def test_another_network_learns_colour_images_and_another_copys_superlink_is_ref
     )
     assert re.search(said, refused.log), refused.log
     assert [row["round"] for row in refused.results] == [0]
+    assert len(refused.log.splitlines()) < 120  # most of them are the stack of the error that ends the run

@@ -493,18 +493,7 @@ def test_nodes_take_turns(try_out):
     assert trained(done.grid) == {"1": [0, 1], "2": [2, 3], "3": [0, 4], "4": [1, 2], "5": [3, 4]}
 
 
-def test_one_more_phase(try_out):
-    app = changed_app("battery")
-    grid = InProcessGrid(app.client_app.app, {}, 5)
-    full = ConfigRecord({"level": "full"})  # no number
-    grid.handlers = {1: lambda msg, context: Message(RecordDict({"config": full}), reply_to=msg)}
-    done = try_out(app, grid, fraction_clients_train=1.0)
-    # Partition p has a level of 1 / (1 + p): only that of partition 0 is above one half.
-    assert trained(done.grid) == {"1": [0], "2": [0]}
-    assert [row["train_sampled"] for row in done.rows[1:]] == [1, 1]
-
-
-def test_a_round_without_a_cohort_does_not_end_the_run(try_out, caplog):
+def test_one_more_phase_and_a_round_without_a_cohort(try_out, caplog):
     app = changed_app("battery")
     grid = InProcessGrid(app.client_app.app, {}, 5)
 
@@ -513,8 +502,11 @@ def test_a_round_without_a_cohort_does_not_end_the_run(try_out, caplog):
             return Message(RecordDict(), reply_to=msg)
         return app.client_app.app(msg, context)
 
-    grid.handlers = {0: empty_at_first}
+    full = ConfigRecord({"level": "full"})  # no number
+    grid.handlers = {0: empty_at_first, 1: lambda msg, context: Message(RecordDict({"config": full}), reply_to=msg)}
     done = try_out(app, grid, fraction_clients_train=1.0)
+    # Partition p has a level of 1 / (1 + p): only that of partition 0 is above one half.
+    assert trained(done.grid) == {"2": [0]}
     assert [row["train_sampled"] for row in done.rows[1:]] == [0, 1]
     assert "left out partition 0 (query.battery): unreadable reply" in caplog.text
 

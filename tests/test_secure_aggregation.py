@@ -1,7 +1,5 @@
 """The recipe of secure aggregation: the sum, missing nodes in each phase, what a masked update shows, and lies."""
 
-from itertools import combinations
-
 import numpy as np
 import pytest
 import torch
@@ -101,9 +99,8 @@ def test_the_sum_is_the_plain_sum(one_round, plain):
 
 
 @pytest.mark.parametrize("phase", PHASES)
-@pytest.mark.parametrize("count", [1, 2])
-def test_the_sum_is_that_of_the_nodes_that_replied(app, tiny_dataset, plain, phase, count):
-    for missing in combinations(range(NODES), count):
+def test_the_sum_is_that_of_the_nodes_that_replied(app, tiny_dataset, plain, phase):
+    for missing in ({0}, {1}, {2}, {3}, {4}, {0, 1}, {1, 3}, {2, 4}):
         one_round = Round(app, tiny_dataset)
         one_round.without(missing, phase)
         batch, model, _ = one_round.run()
@@ -226,7 +223,7 @@ def test_masked_updates_of_another_kind_are_left_out(one_round, plain):
     assert same_bits(model, expected(plain, [0, 2, 3, 4], one_round.model))
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_noise_in_the_place_of_a_masked_update_ends_the_round(one_round, seed, caplog):
     def change(content) -> None:
         masked = content["arrays"]["masked"].numpy()

@@ -511,16 +511,6 @@ def test_a_metric_that_cannot_be_recorded_is_named_before_anything_is_committed(
         evaluate_centrally(net.state_dict(), NO_DATA, typed_config(), torch.device("cpu"))
 
 
-def test_the_central_evaluation_is_of_the_model_it_is_given(monkeypatch):
-    net, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
-    seen = []
-    monkeypatch.setattr(task, "initial_model", lambda *args: net)
-    metrics = {"loss": 1.0, "accuracy": 0.5}
-    monkeypatch.setattr(task, "test", lambda net, *args: seen.append(net.state_dict()) or metrics)
-    evaluate_centrally(other.state_dict(), NO_DATA, typed_config(), torch.device("cpu"))
-    assert same_bits(seen[0], other.state_dict())
-
-
 # ---------------------------------------------------------------------------- Hostile nodes
 
 DEFAULTS = run_config()

@@ -41,7 +41,7 @@ def phase(mailbox: Mailbox, timeout: float) -> tuple[list[int], Batch, float]:
     return used, batch, time.time() - batch.deadline
 
 
-@pytest.mark.parametrize("stalled", [{0}, {1}, {0, 1, 3}, {0, 1, 2, 3}])
+@pytest.mark.parametrize("stalled", [{0}, {0, 1, 3}])
 def test_a_phase_ends_soon_after_its_deadline_with_all_other_replies(stalled):
     mailbox = Mailbox(StallingGrid(stalled))
     used, batch, late = phase(mailbox, 0.6)

@@ -1,6 +1,7 @@
 """Comparing settings over seeds: real runs of the app, small, and what is computed from them."""
 
 import json
+import os
 import re
 import threading
 import time
@@ -12,7 +13,6 @@ import sweep
 from benchmarks.simulation import FinishedRun
 from tests.conftest import results
 from tests.test_benchmarks import NODES, InProcessSuperLink, commands, run_main, short_sleeps, superlink
-from tests.wandb_files import records_of
 
 __all__ = ["short_sleeps", "superlink"]  # fixtures
 
@@ -131,16 +131,16 @@ def test_an_interrupted_sweep_shows_what_is_there_and_goes_on(superlink, short_s
 
 
 def test_the_runs_of_a_sweep_are_a_group_in_wandb(superlink, short_sleeps, monkeypatch, tmp_path):
-    import wandb
+    groups: list[str] = []
 
-    monkeypatch.setattr(sweep, "LocalSuperLink", superlink)
-    monkeypatch.setenv("WANDB_RUN_GROUP", "")  # `sweep` sets it; this restores it
-    wandb.teardown()  # W&B reads its environment once a process
-    run_main(sweep, monkeypatch, "--out", str(tmp_path / "rates"), "--seeds", "1", "--run-config", "use-wandb=true")
-    wandb.teardown()
-    (folder,) = superlink.app.latest().glob("wandb/offline-run-*")
-    runs = [record.run for record in records_of(folder) if record.WhichOneof("record_type") == "run"]
-    assert runs[0].run_group == "rates"
+    class Watching(InProcessSuperLink):
+        def run(self, nodes, **run_config):
+            groups.append(os.environ["WANDB_RUN_GROUP"])  # W&B reads it
+            return super().run(nodes, **run_config)
+
+    monkeypatch.setattr(sweep, "LocalSuperLink", Watching(superlink.app))
+    run_main(sweep, monkeypatch, "--out", str(tmp_path / "rates"), "--seeds", "1")
+    assert groups == ["rates"]
 
 
 def test_settings_that_differ_only_in_odd_characters_have_folders_of_their_own(superlink, monkeypatch, tmp_path):

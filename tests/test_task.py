@@ -220,6 +220,7 @@ def test_an_epoch_has_nearly_equal_batches_of_all_images_in_an_order_of_its_own(
 
     class Watching(Constant):
         def forward(self, x):
+            assert torch.allclose(x.mean((1, 2, 3)), torch.zeros(len(x)), atol=1e-5)  # the images are normalised
             batches.append(x.flatten(1)[:, 0].tolist())
             return super().forward(x)
 
@@ -253,6 +254,23 @@ def test_batch_norm_trains_though_one_image_is_left_over():
     train(net, split(9))  # two batches of four and one image; BatchNorm1d needs two
     assert net[2].num_batches_tracked == 3
     assert not torch.equal(net[2].running_mean, torch.zeros(8))
+
+
+def test_a_network_that_needs_contiguous_activations_works():
+    """As that of PyTorch's tutorial, which uses `view`; augmented images are not contiguous."""
+
+    class Viewing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 2, 5), nn.Linear(2 * 28 * 28, 10)
+
+        def forward(self, x):
+            return self.head(self.conv(x).view(len(x), -1))
+
+    for augment in (False, True):
+        net, data = Viewing(), split(8, channels=3, size=32)
+        assert math.isfinite(train(net, data, augment=augment))
+        assert math.isfinite(task.test(net, data, CPU)["loss"])
 
 
 def test_dropout_is_repeatable():
