@@ -10,13 +10,13 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import statistics
 import time
 from collections.abc import Iterable
 from datetime import timedelta
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from benchmarks.recipes import Experiment, Variant, measure
@@ -49,7 +49,7 @@ def table(found: dict[str, float], alpha: float, seeds: int) -> str:
         for attack in ATTACKS:
             keys = [key_of(seed, alpha, attack, rule) for seed in range(seeds)]
             values = [found[key] for key in keys if key in found]
-            cells.append(f"{statistics.mean(values):.3f} ({min(values):.3f})" if values else "–")
+            cells.append(f"{np.mean(values):.3f} ({min(values):.3f})" if values else "–")
         lines.append(f"| {rule} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
