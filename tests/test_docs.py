@@ -72,7 +72,7 @@ def test_readme_and_contributing_are_short():
 def test_the_two_commands_are_complete():
     assert re.search(r"^pip install -e \. && .*flwr run \. --stream", README, re.MULTILINE)
     assert "<!-- test command -->" in (PROJECT / ".ci" / "run").read_text()
-    assert "<!-- test command -->\n```shell\npip install -e '.[test]' && pytest -n 2 --dist loadfile\n```" in README
+    assert "<!-- test command -->\n```shell\npip install -e '.[test]' && pytest -n 3 --dist loadfile\n```" in README
 
 
 def test_versions_agree():
