@@ -32,6 +32,7 @@ BROKEN = {0, 1, 2}  # error codes of a ClientApp: it reported an error, it could
 MAX_REASONS = 5  # warnings per phase; further reasons share one
 MAX_LOOK = 64  # message ids in one look for replies; its cost grows with their number
 MAX_WAITING = 8  # models in memory that wait for their turn to be aggregated
+MAX_WAITING_BYTES = 2**29  # of these models, so of large ones there are fewer
 PAUSE = 0.01  # seconds between two looks at the beginning of a phase
 PROGRESS_EVERY = 10  # seconds
 GLANCE = 1  # seconds that a look waits for a download before it turns to the next one
@@ -73,6 +74,7 @@ class Batch:
     timeout: float  # seconds
     deadline: float  # seconds since the epoch
     nodes: Sequence[Node]  # those asked, in the order of the sample
+    size: int = 0  # bytes of the arrays in one message
     pending: dict[str, Node] = field(default_factory=dict)  # no reply yet; by message id, in the order of sending
     received: int = 0  # replies that were used
     failed: int = 0  # errors, and nodes without a reply before the deadline
@@ -143,7 +145,8 @@ class Mailbox:
         self, nodes: Sequence[Node], message_type: str, content: RecordDict, server_round: int, timeout: float
     ) -> Batch:
         """Send `content` to each node, and add the deadline (seconds since the epoch) to its record "config"."""
-        batch = Batch(message_type, server_round, timeout, time.time() + timeout, nodes)
+        size = sum(arrays.count_bytes() for arrays in content.array_records.values())
+        batch = Batch(message_type, server_round, timeout, time.time() + timeout, nodes, size)
         # Flower loses all replies of a request if it cannot decode one. Over a network, each has its own request.
         if nodes:
             self.together = MAX_LOOK if any(node.simulated for node in nodes) else 1
@@ -159,7 +162,7 @@ class Mailbox:
             else:
                 batch.failed += 1
                 batch.leave_out(node, "the SuperLink did not accept the message")
-        self.bytes_sent += len(batch.pending) * sum(arrays.count_bytes() for arrays in content.array_records.values())
+        self.bytes_sent += len(batch.pending) * size
         return batch
 
     def collect(self, batch: Batch, read: Read[T], window: int = MAX_LOOK) -> Iterator[tuple[Node, T]]:
@@ -169,6 +172,7 @@ class Mailbox:
         run. At most `window` values wait for their turn in memory; the other replies wait at the SuperLink.
         """
         window = min(window, MAX_WAITING) if self.together == 1 else window  # a hostile reply may be large in any phase
+        window = max(1, min(window, MAX_WAITING_BYTES // max(1, batch.size)))
         values: dict[str, T] = {}  # values that wait for their turn
         log_at = time.time() + PROGRESS_EVERY
         for message_id, node in list(batch.pending.items()):

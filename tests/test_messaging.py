@@ -174,6 +174,17 @@ def test_replies_beyond_the_window_stay_at_the_superlink():
     assert len(list(replies)) == 3
 
 
+@pytest.mark.parametrize(("room", "expected"), [(35, 3), (5, 1), (1000, 4)])
+def test_fewer_large_models_wait_for_their_turn(monkeypatch, room, expected):
+    monkeypatch.setattr(messaging, "MAX_WAITING_BYTES", room)
+    grid = TimedGrid([0.0] * 9)
+    mailbox = Mailbox(grid)
+    batch = send(mailbox, 5)
+    batch.size = 10  # bytes in a message
+    assert len(list(mailbox.collect(batch, lambda content: content, 4))) == 9
+    assert max(map(len, grid.looks)) == expected
+
+
 def test_a_look_asks_for_a_bounded_number_of_ids():
     grid = TimedGrid([0.0] * 500 + [0.9] * 500)
     mailbox = Mailbox(grid)
