@@ -78,26 +78,24 @@ def decoded(source: Source, split: str, shape: tuple[int, int, int]) -> np.ndarr
     size = (len(source.splits[split]), *shape)
     code = hashlib.sha256(inspect.getsource(to_pixels).encode()).hexdigest()[:8]
     path = cache_folder() / f"{key_of(source, split)}-{'x'.join(map(str, shape))}-{code}.npy"
-    beside = path.with_suffix(".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
-            images = in_cache(path)
-            if images is None:
-                with beside.open("wb") as file:
-                    header = {"descr": "|u1", "fortran_order": False, "shape": size}
-                    np.lib.format.write_array_header_1_0(file, header)
-                    file.writelines(image.tobytes() for image in decode(source, split, shape))
-                    file.flush()
-                    os.fsync(file.fileno())
-                beside.replace(path)
-                images = in_cache(path)
-        if images is None:
-            raise OSError(f"{path} cannot be read back")
+            if (images := in_cache(path)) is None:
+                beside = path.with_suffix(".part")
+                try:
+                    with beside.open("wb") as file:
+                        header = {"descr": "|u1", "fortran_order": False, "shape": size}
+                        np.lib.format.write_array_header_1_0(file, header)
+                        file.writelines(image.tobytes() for image in decode(source, split, shape))
+                        file.flush()
+                        os.fsync(file.fileno())
+                    beside.replace(path)
+                finally:
+                    beside.unlink(missing_ok=True)  # by the process that has the lock, and no other
+                images = np.load(path, mmap_mode="r")
         return images
     except OSError as error:
-        with contextlib.suppress(OSError):
-            beside.unlink()
         log.warning("The decoded images of %s cannot be kept in %s: %s", split, path.parent, error)
         return np.fromiter(decode(source, split, shape), np.dtype((np.uint8, shape)), size[0])
 

@@ -638,6 +638,22 @@ def test_a_disk_that_is_full_keeps_nothing_of_the_cache(tmp_path, monkeypatch, c
     assert not list((tmp_path / "cache").glob("*.part"))
 
 
+def test_without_the_lock_the_half_written_file_of_another_process_stays(tmp_path, monkeypatch):
+    monkeypatch.setattr(pixels, "cache_folder", lambda: tmp_path / "cache")
+    source, shape = images.opened(typed_config(dataset=saved(tmp_path, photos(9, 7, b=(LABEL, [0, 1])))))
+    pixels.decoded(source, "test", shape)
+    (made,) = (tmp_path / "cache").glob("*.npy")
+    theirs = made.rename(made.with_suffix(".part"))
+    pixels.decoded.cache_clear()
+
+    def denied(path: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(pixels, "FileLock", denied)
+    assert len(pixels.decoded(source, "test", shape)) == 2  # in memory
+    assert theirs.exists()
+
+
 def test_files_that_keep_their_size_and_time_are_read_again(tmp_path):
     """Mislabelled images that are swapped, and a table that is replaced, with the times of a reproducible archive."""
 
