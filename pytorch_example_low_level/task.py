@@ -100,9 +100,8 @@ def load_test_data(config: RunConfig) -> Data:
     data = images.load_test_split(config)
     present = set(data.labels.tolist())
     if missing := [name for number, name in enumerate(data.class_names) if number not in present]:
-        log.warning(
-            "%s classes have no test images, so the central accuracy ignores them: %s", len(missing), missing[:10]
-        )
+        counts = f"{len(missing)} of {len(data.class_names)}"
+        log.warning("No test images for %s classes, so the central accuracy ignores them: %s", counts, missing[:10])
     return data
 
 

@@ -52,7 +52,10 @@ class Constant(nn.Module):
 
 
 def test_classes_without_test_images_are_named(monkeypatch, caplog):
-    for labels, said in (([0, 1], ""), ([1, 1], "1 classes have no test images, so the central accuracy ignores them")):
+    for labels, said in (
+        ([0, 1], ""),
+        ([1, 1], "No test images for 1 of 2 classes, so the central accuracy ignores them"),
+    ):
         monkeypatch.setattr(image_module, "load_test_split", lambda config, labels=labels: black(labels))
         assert task.load_test_data(config()).labels.tolist() == labels
         assert (said in caplog.text) and bool(said) == bool(caplog.text)
