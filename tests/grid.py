@@ -23,6 +23,8 @@ PROJECT = Path(__file__).parent.parent
 FACTS = {"image-shape": [1, 28, 28], "class-names": list("abcdefghij")}  # of ten classes of grey images
 Handler = Callable[[Message, Context], Message | list[Message] | None]
 
+TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
+
 
 def run_config(**overrides) -> dict:
     """The defaults of pyproject.toml, with `some_key=…` for `some-key`."""
@@ -44,7 +46,6 @@ class InProcessGrid(Grid):
     """
 
     def __init__(self, client_app: ClientApp | Handler, config: dict, num_nodes: int, seed: int = 0) -> None:
-        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
         rng = random.Random(seed)
         self.client_app = client_app
         self.shuffle = random.Random(seed).shuffle if seed else None
