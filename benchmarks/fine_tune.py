@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from torchvision.models import resnet18
 
-from pytorch_example_low_level.images import bundled
+from pytorch_example_low_level.sources import bundled
 from tests.grid import InProcessGrid
 from tests.recipes import changed_app, run
 

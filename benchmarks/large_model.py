@@ -17,7 +17,7 @@ import datasets
 from benchmarks.photos import Memory
 from benchmarks.simulation import LocalSuperLink
 from benchmarks.watched import big_app, watch
-from pytorch_example_low_level.images import bundled
+from pytorch_example_low_level.sources import bundled
 
 BYTES_PER_UNIT = 4 * (512 + 1 + 10)  # of the first linear layer: its weights, its bias, and those of the last layer
 IMAGES = 200  # in each split

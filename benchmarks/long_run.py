@@ -31,7 +31,7 @@ from flwr.app import Error, Message
 from benchmarks.simulation import AppCli, FinishedRun
 from deploy.cli import command_of
 from pytorch_example_low_level import client_app, server_app
-from pytorch_example_low_level.images import bundled
+from pytorch_example_low_level.sources import bundled
 from tests.grid import InProcessGrid, make_context, run_config
 from tests.proxy import ProxiedFederation
 

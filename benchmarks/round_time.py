@@ -38,7 +38,7 @@ from benchmarks.report import SCALE, TARGETS, Report
 from benchmarks.simulation import LocalSuperLink
 from benchmarks.watched import BIG, ENGINE_APP, Watched, big_app, watch
 from deploy.cli import interrupted_by_signals
-from pytorch_example_low_level import images
+from pytorch_example_low_level import sources
 
 STARTS = 5  # of app and engine each: start-up times vary by seconds
 PHASES = ("train", "query", "evaluate")
@@ -180,7 +180,7 @@ def measure_setting(
 def main() -> None:
     """Parse the command line, measure, print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", default=images.BUNDLED, help="as in the run configuration (default: %(default)s)")
+    parser.add_argument("--dataset", default=sources.BUNDLED, help="as in the run configuration (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=10, help="rounds of each run (default: %(default)s)")
     parser.add_argument("--scale", action="store_true", help="also 50 to 10,000 nodes and a model of 25 MB")
     parser.add_argument("--scale-rounds", type=int, default=5, help="rounds of each of those (default: %(default)s)")

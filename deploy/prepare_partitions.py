@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 
 from deploy.cli import PARTITIONS, PROJECT
 from pytorch_example_low_level.config import RunConfig, UserError
-from pytorch_example_low_level.images import BUNDLED, opened, partitions, rows_of_partition
+from pytorch_example_low_level.images import opened, partitions, rows_of_partition
+from pytorch_example_low_level.sources import BUNDLED
 
 if TYPE_CHECKING:
     from flwr_datasets.partitioner import Partitioner

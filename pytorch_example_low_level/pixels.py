@@ -9,8 +9,7 @@ import io
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,33 +19,12 @@ from filelock import FileLock
 from PIL import Image, ImageOps
 
 from pytorch_example_low_level.config import UserError, explained, log
+from pytorch_example_low_level.sources import Source, cache_folder, digest_of_files
 
 if TYPE_CHECKING:
-    import datasets
+    pass
 
 PROGRESS_EVERY = 10  # seconds
-
-
-@dataclass(frozen=True, eq=False)  # compared by identity, so that it can be the key of a cache
-class Source:
-    """What a folder or data set holds: undecoded images, their labels, and perhaps the sites that they come from."""
-
-    kind: str
-    splits: dict[str, datasets.Dataset]  # columns "image" (bytes or path), "label" (ClassLabel or int), perhaps "site"
-    class_names: list[str]
-
-
-@lru_cache(maxsize=8)
-def labels_of(source: Source, split: str) -> np.ndarray:
-    """Return the labels (N,) of a split as int64. Raises UserError if some are missing."""
-    column = source.splits[split].with_format("arrow")[:]["label"]
-    labels = np.array([-1 if label is None else label for label in column.to_pylist()], dtype=np.int64)
-    if (labels < 0).any():
-        raise UserError(f"some images have no label, the first is number {int((labels < 0).argmax())} of {split}")
-    if (beyond := labels >= len(source.class_names)).any():
-        first, count = int(beyond.argmax()), len(source.class_names)
-        raise UserError(f"image number {first} of {split} has the label {labels[first]}, and there are {count} classes")
-    return labels
 
 
 def common_shape(source: Source, image_size: int) -> tuple[int, int, int]:
@@ -167,20 +145,6 @@ def key_of(source: Source, split: str) -> str:
         else:
             digest.update(row["bytes"] or b"")
     return digest.hexdigest()[:20]
-
-
-def digest_of_files(paths: Iterable[Path]) -> str:
-    """Return a digest of paths and what changes with a file: a copy or a rename may keep its size and time."""
-    states = [(str(path), path.stat()) for path in paths]
-    about = [(path, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for path, s in states]
-    return hashlib.sha256(repr(about).encode()).hexdigest()[:20]
-
-
-def cache_folder() -> Path:
-    """Return the folder for decoded images."""
-    import datasets
-
-    return Path(datasets.config.HF_DATASETS_CACHE) / "pytorch_example_low_level"
 
 
 def digest_of(*arrays: np.ndarray) -> str:

@@ -101,7 +101,7 @@ def main(grid: Grid, context: Context) -> None:
 def first_state(config: RunConfig, test_data: task.Data) -> tuple[ServerState, set[str]]:
     """Return the state of a new run, and the names of the frozen parameters. The network is not kept in memory."""
     net = task.initial_model(test_data.facts, config.seed)
-    return utils.first_state(config, net, test_data.facts, test_data.fingerprint(), SCORE), set(utils.frozen(net))
+    return utils.new_state(config, net, test_data.facts, test_data.fingerprint(), SCORE), set(utils.frozen(net))
 
 
 # ------------------------------------------------------------------------------- 0. Nodes

@@ -158,9 +158,7 @@ def load_model(name: str, net: nn.Module) -> None:
 # -------------------------------------------------------------------------- Run directory
 
 
-def first_state(
-    config: RunConfig, net: nn.Module, facts: Mapping[str, Any], fingerprint: str, score: str
-) -> ServerState:
+def new_state(config: RunConfig, net: nn.Module, facts: Mapping[str, Any], fingerprint: str, score: str) -> ServerState:
     """Return the state of a new run, which begins with `net`, or with `initial-model` if there is one.
 
     Facts and fingerprint are those of the server's data. Raises UserError.

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pytorch_example_low_level import images, pixels
+from pytorch_example_low_level import images, pixels, sources
 from pytorch_example_low_level.config import UserError
 from tests.conftest import load_module
 from tests.grid import PROJECT, typed_config
@@ -171,13 +171,13 @@ def test_what_cannot_be_read_is_one_error_that_shows_it(tmp_path, kind):
 
 def test_a_data_path_is_never_looked_up_on_the_hub(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda *args: pytest.fail("it was"))
-    for path in ("uoft-cs/cifar10", "misspelt", images.BUNDLED):
+    for path in ("uoft-cs/cifar10", "misspelt", sources.BUNDLED):
         with pytest.raises(UserError, match=f"Cannot use data-path '{path}': there is no folder /"):
             node(path)
 
 
 LETTERS = st.characters(exclude_characters="/\0", exclude_categories=("Cs", "Cc"))
-NAMES = st.text(LETTERS, min_size=1, max_size=12).filter(images.is_visible)
+NAMES = st.text(LETTERS, min_size=1, max_size=12).filter(sources.is_visible)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -192,7 +192,7 @@ def test_the_images_used_are_the_images_made(tmp_path_factory, made):
             draw(path, shade)
             expected[shade] = unicodedata.normalize("NFC", kind)
     kinds = {kind for kind, _, _ in made}
-    nested = all(below for _, below, _ in made) and all(kind.lower() in images.SPLITS for kind in kinds)
+    nested = all(below for _, below, _ in made) and all(kind.lower() in sources.SPLITS for kind in kinds)
     if nested or len({unicodedata.normalize("NFC", kind) for kind in kinds}) < len(kinds):
         with pytest.raises(UserError):
             node(folder)
@@ -374,14 +374,14 @@ def test_tables_with_files_that_would_be_left_out(tmp_path, tiny_dataset):
     for path in more:
         shutil.copy(tmp_path / "data" / "data" / "train.parquet", path)
     with pytest.raises(UserError, match=r"files that would be left out: \['.*more-\d\.parquet'\]") as error:
-        images.read.cache_clear()
+        sources.read.cache_clear()
         server(tmp_path / "data")
     assert str(error.value).count("more-") == 5
     for path in more:
         path.unlink()
     draw(tmp_path / "data" / "a" / "1.png")
     with pytest.raises(UserError, match=r"files that would be left out: \['.*1\.png'\]"):
-        images.read.cache_clear()
+        sources.read.cache_clear()
         server(tmp_path / "data")
     shutil.copytree(tiny_dataset, tmp_path / "[v2] set")
     with pytest.raises(UserError, match=r"rename .*\[v2\] set: `datasets` reads brackets"):
@@ -445,7 +445,7 @@ def test_a_nodes_own_folder_is_split_like_a_partition(tmp_path, tiny_dataset):
 
 
 def test_the_bundled_images_are_real_and_balanced():
-    data = server(images.BUNDLED)
+    data = server(sources.BUNDLED)
     assert data.images.shape == (2000, 1, 28, 28)
     assert data.class_names[:2] == ["T - shirt / top", "Trouser"]
     assert data.labels.bincount().tolist() == [200] * 10
@@ -461,10 +461,10 @@ def test_without_the_bundled_images_those_on_the_hub_are_taken(monkeypatch, tmp_
     real = datasets.load_dataset
     monkeypatch.setattr(datasets, "load_dataset", lambda name: asked.append(name) or real(name))
     spec = None if missing == "the package" else SimpleNamespace(origin=str(tmp_path / "__init__.py"))
-    monkeypatch.setattr(images, "find_spec", lambda name: spec)
-    images.read.cache_clear()
+    monkeypatch.setattr(sources, "find_spec", lambda name: spec)
+    sources.read.cache_clear()
     with pytest.raises(UserError, match=r"`pip install \.` in a clone .*Hub.*network; with HF_HUB_OFFLINE"):
-        server(images.BUNDLED)
+        server(sources.BUNDLED)
     assert asked == ["zalando-datasets/fashion_mnist"]
     (line,) = [r.getMessage() for r in caplog.records if r.name == "flwr"]
     assert line == f"The bundled images are not installed; taking {asked[0]} from the Hugging Face Hub"
@@ -582,13 +582,13 @@ def test_images_are_decoded_once_a_machine_with_progress(tmp_path, monkeypatch, 
     folder = fill(tmp_path, "a/1.png", "b/2.png")
     for _ in range(2):
         images.load_folder.cache_clear()
-        images.read.cache_clear()
+        sources.read.cache_clear()
         assert len(node(folder)["train"]) == 2
     assert len(count) == 2
     assert re.search(r"\.\.\. 1/2 images of train decoded, about \d s left", caplog.text)
     draw(folder / "a" / "1.png", 99)  # another content, and another time
     images.load_folder.cache_clear()
-    images.read.cache_clear()
+    sources.read.cache_clear()
     assert used(node(folder)["train"]) == {99: "a", 2: "b"}
 
 
@@ -660,7 +660,7 @@ def test_files_that_keep_their_size_and_time_are_read_again(tmp_path):
     def reread(folder: Path) -> dict[int, str]:
         for path in folder.rglob("*.*"):
             os.utime(path, (10**9, 10**9))
-        for cached in (images.read, images.load_folder, pixels.decoded, pixels.labels_of, pixels.key_of):
+        for cached in (sources.read, images.load_folder, pixels.decoded, sources.labels_of, pixels.key_of):
             cached.cache_clear()
         return used(*node(folder).values())
 
@@ -708,7 +708,7 @@ def test_labels_that_can_be_read_in_two_ways_are_refused(tmp_path):
 def test_a_label_beyond_the_classes_is_named():
     rows = datasets.Dataset.from_dict({"image": [None] * 3, "label": [0, 5, 1]})
     with pytest.raises(UserError, match="image number 1 of train has the label 5, and there are 2 classes"):
-        pixels.labels_of(pixels.Source("", {"train": rows}, BINARY), "train")
+        sources.labels_of(sources.Source("", {"train": rows}, BINARY), "train")
 
 
 def test_a_pipe_among_the_images_is_refused_without_waiting_for_it(tmp_path):
@@ -734,7 +734,7 @@ def test_the_fingerprint_is_that_of_the_content(tmp_path):
     shutil.copytree(folder, tmp_path / "elsewhere")
     assert server(tmp_path / "elsewhere").fingerprint() == before
     (tmp_path / "elsewhere" / "train" / "cat" / "2.png").unlink()
-    images.read.cache_clear()
+    sources.read.cache_clear()
     assert server(tmp_path / "elsewhere").fingerprint() != before  # a training image is gone
 
 
@@ -859,7 +859,7 @@ def test_a_class_that_the_server_does_not_know_names_both():
 
 
 def test_a_data_set_is_read_once_a_process(tiny_dataset, monkeypatch):
-    images.read.cache_clear()
+    sources.read.cache_clear()
     asked = []
     real = datasets.load_dataset
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **more: asked.append(args) or real(*args, **more))

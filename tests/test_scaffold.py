@@ -69,10 +69,11 @@ SETTINGS = {
 }
 
 
-def by_hand(cohorts: list[list[int]]) -> tuple[float, float]:
-    """The paper's algorithm 1, option II, with a global rate of 1."""
+def by_hand(cohorts: list[list[int]], resumed_after: int = 0) -> tuple[float, float]:
+    """The paper's algorithm 1, option II, with a global rate of 1. When it is resumed, the nodes take the server's."""
     x, c, own = 0.0, 0.0, np.zeros(4)
-    for cohort in cohorts:
+    for number, cohort in enumerate(cohorts):
+        own = np.full(4, c) if number == resumed_after else own
         ends, changes = [], []
         for i in cohort:
             mine, y = own[i], x
@@ -107,16 +108,33 @@ def test_momentum_is_refused(app, try_out):
         try_out(app, InProcessGrid(app.client_app.app, {}, 4), momentum=0.9, **SETTINGS)
 
 
-def test_the_model_of_the_app_learns_and_a_resumed_run_begins_again_with_variates_of_zero(try_out):
+def test_a_resumed_run_keeps_the_server_s_variate_and_the_nodes_begin_there(app, try_out):
+    more = {"fraction_clients_train": 0.5, **SETTINGS}
+    grids = [InProcessGrid(app.client_app.app, {}, 4) for _ in range(2)]
+    done = try_out(app, grids[0], num_server_rounds=5, **more)
+    done = try_out(app, grids[1], num_server_rounds=60, resume_from=str(done.directory), **more)
+    cohorts = [list(trained(grid).values()) for grid in grids]
+    assert [len(rounds) for rounds in cohorts] == [5, 55]
+    x, _ = by_hand(cohorts[0] + cohorts[1], resumed_after=5)
+    assert done.model["w"].item() == pytest.approx(x, abs=1e-5)
+    last = [m for m in grids[1].sent if m.metadata.message_type == "train"][-1]
+    before = by_hand(cohorts[0] + cohorts[1][:-1], resumed_after=5)[1]
+    assert last.content["arrays"]["control/w"].numpy().item() == pytest.approx(before, abs=1e-5)
+
+
+def test_the_model_of_the_app_learns_and_a_resumed_run_begins_with_the_variate_of_the_checkpoint(try_out):
     app = changed_app("scaffold")
     done = try_out(app, num_server_rounds=2, opt_in_probability=1.0)
     assert [row["train_received"] for row in done.rows[1:]] == [3, 3]
     assert done.rows[2]["centralized_loss"] < done.rows[0]["centralized_loss"]
     of_round = {m.metadata.group_id: m for m in done.grid.sent if m.metadata.message_type == "train"}
     assert variate(of_round["1"]) == 0 < variate(of_round["2"])
+    saved = torch.load(done.directory / "checkpoints" / "last.pt", weights_only=True)["control"]
+    assert variate(of_round["2"]) != max(tensor.abs().max().item() for tensor in saved.values()) > 0
     more = try_out(app, num_server_rounds=3, opt_in_probability=1.0, resume_from=str(done.directory))
     assert [row["train_received"] for row in more.rows[1:]] == [3, 3, 3]
-    assert variate(more.grid.sent[0]) == 0
+    first = more.grid.sent[0].content["arrays"].to_torch_state_dict()
+    assert all(torch.equal(first[name], tensor) for name, tensor in saved.items())
 
 
 def variate(message) -> float:

@@ -303,7 +303,7 @@ def test_a_lock_of_another_user_is_respected(tmp_path, monkeypatch):
 
 def test_a_model_that_cannot_be_sent_and_paths_of_nobody_are_one_clear_error(app):
     with pytest.raises(UserError, match="make_model's state_dict cannot be sent: "):
-        utils.first_state(typed_config(), nn.LazyLinear(2), {}, "", SCORE)
+        utils.new_state(typed_config(), nn.LazyLinear(2), {}, "", SCORE)
     for key in ("initial_model", "resume_from"):
         with pytest.raises(UserError, match=key.replace("_", "-")):
             app.run(**{key: "~nosuchuser/x"})
