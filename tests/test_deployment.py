@@ -102,7 +102,7 @@ def training(federation: Federation, run_id: str, server_round: int) -> int:
 
 def interrupt(federation: Federation, how: str, run_id: str, server_round: int) -> None:
     """Stop a run, and wait until no process of it is left. Killing the SuperLink also kills the ServerApp."""
-    if how.startswith("kill the SuperLink"):
+    if how == "kill the SuperLink":
         kill_superlink(federation)
         return
     # Two nodes train. A ClientApp whose run ends while its message is on the way waits for it for ever (flwr 1.41).
@@ -129,8 +129,8 @@ def start_and_interrupt(federation: Federation, how: str, server_round: int, **s
 
 
 # How a run is interrupted, and in which round; the line of the log after which it is, if it is not in TRAIN.
-INTERRUPTIONS = {"SIGTERM": 1, "flwr stop": 2, "kill the SuperLink": 2, "kill the SuperLink in QUERY": 2}
-PHASE = {"kill the SuperLink in QUERY": "Centrally evaluated model"}
+INTERRUPTIONS = {"SIGTERM": 1, "flwr stop": 2, "kill the SuperLink": 2}
+PHASE = {"kill the SuperLink": "Centrally evaluated model"}  # with the queries on their way
 STATUS = {"SIGTERM": "finished:failed", "flwr stop": "finished:stopped"}
 
 
