@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from cryptography import x509
@@ -35,34 +35,28 @@ def make_certificates(folder: Path, hosts: Sequence[str] = (HOST, "localhost", "
 
     The certificate is also valid for 127.0.0.1, by which the ServerApp reaches the SuperLink that starts it.
     The CA's private key is not saved, so it cannot be stolen or sign anything else. A folder that
-    has a `ca.crt` is left as it is. Raises FileExistsError if its certificate has expired or is not for these hosts.
+    has a `ca.crt` is left as it is. Raises FileExistsError if its certificate has expired.
     """
     import trustme  # nodes, which only make their key, do without it
 
-    names = dict.fromkeys([*hosts, HOST])
     if (folder / "ca.crt").exists():
-        check_certificate(folder / "server.crt", names)
+        until = x509.load_pem_x509_certificate((folder / "server.crt").read_bytes()).not_valid_after_utc
+        if until < datetime.datetime.now(datetime.UTC):
+            raise FileExistsError(
+                f"{folder / 'server.crt'} expired on {until.date()}. Delete {folder}, start again, and give the new "
+                "ca.crt to all nodes."
+            )
         return
     folder.mkdir(parents=True, exist_ok=True)
     begin = datetime.datetime.now(datetime.UTC) - datetime.timedelta(minutes=5)
     ca = trustme.CA(path_length=0, organization_unit_name="Flower federation's CA")
+    names = dict.fromkeys([*hosts, HOST])
     server = ca.issue_cert(*names, common_name="SuperLink", not_before=begin, not_after=begin + VALID_FOR)
     for leftover in ("server.key", "server.crt"):  # of a call that was interrupted
         (folder / leftover).unlink(missing_ok=True)
     write_new(folder / "server.key", server.private_key_pem.bytes(), private=True)
     write_new(folder / "server.crt", server.cert_chain_pems[0].bytes(), private=False)
     write_new(folder / "ca.crt", ca.cert_pem.bytes(), private=False)
-
-
-def check_certificate(path: Path, hosts: Iterable[str]) -> None:
-    """Raise FileExistsError if a certificate has expired or is not valid for all of these hosts."""
-    certificate = x509.load_pem_x509_certificate(path.read_bytes())
-    valid_for = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    missing = set(hosts) - {str(name.value) for name in valid_for}
-    if missing or certificate.not_valid_after_utc < datetime.datetime.now(datetime.UTC):
-        until = certificate.not_valid_after_utc.date()
-        fault = f"is not valid for {sorted(missing)}" if missing else f"expired on {until}"
-        raise FileExistsError(f"{path} {fault}. Delete the folder {path.parent} to get new certificates for all nodes.")
 
 
 def make_node_key(path: Path) -> None:
@@ -73,10 +67,11 @@ def make_node_key(path: Path) -> None:
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
+    public_path = path.with_name(path.name + ".pub")  # with_suffix would shorten a name such as site.org
     key = ec.generate_private_key(ec.SECP384R1())
     openssh = serialization.PrivateFormat.OpenSSH
     private = key.private_bytes(serialization.Encoding.PEM, openssh, serialization.NoEncryption())
     public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
-    path.with_suffix(".pub").unlink(missing_ok=True)  # of a call that was interrupted
-    write_new(path.with_suffix(".pub"), public + b"\n", private=False)
+    public_path.unlink(missing_ok=True)  # of a call that was interrupted
+    write_new(public_path, public + b"\n", private=False)
     write_new(path, private, private=True)

@@ -5,7 +5,6 @@ Records and keys are those of Flower's built-in strategies, so this ClientApp al
 does not matter which process does the work.
 """
 
-import copy
 import math
 import time
 import traceback
@@ -133,35 +132,15 @@ def deadline(msg: Message) -> float:
 
 def received_model(msg: Message, data: task.Data, config: RunConfig) -> nn.Module:
     """Return the server's model; only frozen parameters may be missing in the message. Raises UserError."""
-    net, my_digest = new_model(data.facts, config.seed)
+    # Seeded, because a model may have random buffers that are not in its state_dict.
+    net = task.initial_model(data.facts, config.seed)
     received, mine = msg.content.array_records["arrays"].to_torch_state_dict(), frozen(net)
     with explained(f"the server's model does not fit data of {data.facts}"):
         net.load_state_dict(mine | received)
     digest = msg.content.config_records["config"].get("frozen")  # other ServerApps send the frozen parameters
-    if digest is not None and digest != my_digest:
+    if digest is not None and digest != frozen_digest(mine):
         raise UserError(f"make_model has other frozen parameters here than at the server: {list(mine)[:5]}")
     return net
-
-
-made: dict[str, tuple[nn.Module, str]] = {}  # the last model that this process made, and its frozen digest
-
-
-def new_model(facts: task.Facts, seed: int) -> tuple[nn.Module, str]:
-    """Return a new model for these facts, and the digest of its frozen parameters.
-
-    A process makes it once and then copies it, because drawing random weights takes longer than copying them. They
-    matter where the message has no value: in frozen parameters, and in buffers that are not in the state_dict.
-    """
-    key = repr((facts, seed))
-    if key not in made:
-        made.clear()
-        net = task.initial_model(facts, seed)
-        made[key] = net, frozen_digest(frozen(net))
-    net, digest = made[key]
-    try:
-        return copy.deepcopy(net), digest
-    except RuntimeError:  # PyTorch cannot copy a tensor that was computed, as by nn.utils.weight_norm
-        return task.initial_model(facts, seed), digest
 
 
 def local_data(part: str, msg: Message, config: RunConfig, context: Context) -> task.Data:

@@ -199,9 +199,6 @@ def summary(source: Source, shape: tuple[int, int, int]) -> str:
     return f"{source.kind}; images: {counts}; {len(source.class_names)} classes ({names}); {colours}"
 
 
-# --------------------------------------------------------- Reading folders and data sets
-
-
 def opened(config: RunConfig) -> tuple[Source, tuple[int, int, int]]:
     """Return the data set of the run configuration, and the shape that all of its images get."""
     site_column = config.partition_column if config.partitioner == "natural" else ""

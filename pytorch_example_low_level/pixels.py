@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from filelock import FileLock
@@ -20,9 +20,6 @@ from PIL import Image, ImageOps
 
 from pytorch_example_low_level.config import UserError, explained, log
 from pytorch_example_low_level.sources import Source, cache_folder, digest_of_files
-
-if TYPE_CHECKING:
-    pass
 
 PROGRESS_EVERY = 10  # seconds
 
@@ -143,6 +140,7 @@ def key_of(source: Source, split: str) -> str:
         if row["bytes"] is None and row["path"]:
             digest.update(digest_of_files([Path(row["path"])]).encode())
         else:
+            digest.update(repr(row["bytes"] and len(row["bytes"])).encode())  # a row without an image counts, too
             digest.update(row["bytes"] or b"")
     return digest.hexdigest()[:20]
 

@@ -48,12 +48,6 @@ def short_wait_for_nodes(monkeypatch) -> None:
     monkeypatch.setattr(server_app, "SETTLE", 0.01)
 
 
-@pytest.fixture(autouse=True)
-def nothing_made() -> None:
-    """A test may replace the model; a ClientApp of an earlier one has not made it."""
-    client_app.made.clear()
-
-
 class App:
     """The whole app with a tiny data set: its configuration, its Grid and what a run leaves."""
 

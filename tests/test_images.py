@@ -365,6 +365,9 @@ def test_images_as_bytes_or_paths_and_a_row_without_one(tmp_path):
     none = table({"kind": LABEL, "photo": IMAGE}, {"kind": [0, 1], "photo": [grey(5)[0], None]})
     with pytest.raises(UserError, match="row 1 of train has no image"):
         server(saved(tmp_path / "c", none))
+    gap = table({"kind": LABEL, "photo": IMAGE}, {"kind": [0, 1, 1], "photo": [grey(5)[0], None, grey(6)[0]]})
+    with pytest.raises(UserError, match="row 1 of train has no image"):  # not the two images in the cache
+        server(saved(tmp_path / "d", gap))
 
 
 def test_tables_with_files_that_would_be_left_out(tmp_path, tiny_dataset):
