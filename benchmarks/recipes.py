@@ -142,7 +142,7 @@ EXPERIMENTS = {
     ),
     "tabular": another_task("auc", 10, "tabular"),
     "regression": another_task("r2", 10, "tabular", "regression"),
-    "text": another_task("loss", 8, "text"),
+    "text": another_task("loss", 9, "text"),
     "quantise": Experiment(
         [
             Variant("float32"),
