@@ -154,7 +154,7 @@ class Federation:
     def _register_keys(self) -> None:
         """Register the nodes' keys, of which the database may have those of an earlier start."""
         for index in range(self.num_nodes):
-            answer = self.flwr("supernode", "register", str(self.key(index).with_suffix(".pub")))
+            answer = self.flwr("supernode", "register", f"{self.key(index)}.pub")
             if "registered successfully" not in answer and "already in use" not in answer:
                 raise FederationError(f"node {index} could not be registered:\n{answer}")
 

@@ -307,6 +307,8 @@ def test_clipping_and_noise_by_hand():
     exact = private_mean([(ones, 1), (ones, 1000)], model, 4, config)
     assert exact["w"][0].item() == pytest.approx(1.0, abs=1e-6)
     assert exact["counter"] == 3
+    with pytest.raises(ValueError, match=r"not finite: register a mask of -inf with persistent=False"):
+        private_mean([(ones, 1)], model | {"w": torch.full((20_000,), -torch.inf)}, 4, config)
     config.noise_multiplier = 0.5
     noisy = [private_mean([], model, 4, config)["w"] for _ in range(2)]
     assert noisy[0].std().item() == pytest.approx(0.5 * 2 * 2 / 4, rel=0.05)
@@ -330,6 +332,29 @@ def test_epsilon_is_that_of_the_accountant_after_a_resume_too(try_out, tmp_path,
     assert [row["epsilon"] for row in again.rows] == [None, *map(pytest.approx, expected)]
     with pytest.raises(Exception, match="noise-multiplier"):
         try_out(app, **settings | {"noise_multiplier": 1.0}, resume_from=str(again.directory))
+
+
+@pytest.mark.parametrize("recipes", [("quantise",), ("quantise", "bfloat16"), ("scaffold",)])
+def test_a_bfloat16_model_trains(try_out, recipes):
+    app = changed_app(*recipes)
+    whole = app.task.make_model
+
+    class Half(torch.nn.Module):
+        """Computes in bfloat16; its input and its output are float32."""
+
+        def __init__(self, facts) -> None:
+            super().__init__()
+            self.net = whole(facts).bfloat16()
+
+        def forward(self, x):
+            return self.net(x.bfloat16()).float()
+
+    app.task.make_model = Half
+    done = try_out(app)
+    assert [row["train_received"] for row in done.rows[1:]] == [3, 3]
+    assert {tensor.dtype for tensor in done.model.values()} == {torch.bfloat16}
+    start = app.task.initial_model(FACTS, 42).state_dict()
+    assert not same_bits(done.model, start)
 
 
 # ------------------------------------------------------------------------ 9. A personal head
