@@ -58,9 +58,11 @@ def read(name: str, image_column: str, label_column: str, site_column: str, *, o
     if folder.is_dir():
         files = files_below(folder)
         if any((folder / file).exists() for file in ("dataset_dict.json", "state.json")):
-            kind, loaded = "a saved data set", datasets.load_from_disk(str(folder))
+            kind, loaded = "a saved data set", load_saved(folder, files)
         elif any(file.suffix == ".parquet" for file in files):
             kind, loaded = "tables", load_tables(folder, files)
+        elif site_column:
+            raise UserError(f"{folder} has no tables, so it has no partition-column, which partitioner='natural' needs")
         else:
             return class_folders(folder, files, of_node=of_node)
     elif of_node or name.startswith(("/", ".", "~")) or not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", name):
@@ -140,21 +142,36 @@ def class_folders(folder: Path, files: list[Path], *, of_node: bool) -> Source:
     return Source("class folders", splits, names)
 
 
+def load_saved(folder: Path, files: list[Path]) -> datasets.Dataset | datasets.DatasetDict:
+    """Load a data set of `save_to_disk`. Raises UserError if some of the files would be left out."""
+    import datasets
+
+    loaded = datasets.load_from_disk(str(folder))
+    homes = [folder / split for split in loaded] if isinstance(loaded, datasets.DatasetDict) else [folder]
+    used = {file for file in files if file.suffix == ".arrow" and file.parent in homes}
+    refuse(folder, [file for file in files if file.suffix not in BESIDE_TABLES and file not in used])
+    return loaded
+
+
+def refuse(folder: Path, others: list[Path]) -> None:
+    """Raise UserError if there are other files beside the tables in a folder."""
+    if others:
+        raise UserError(f"beside its tables, {folder} has files that would be left out: {[str(f) for f in others[:5]]}")
+
+
 def load_tables(folder: Path, files: list[Path]) -> datasets.DatasetDict:
     """Load Parquet files as the Hub lays them out. Raises UserError if some of the files would be left out."""
     import datasets
 
     if re.search(r"[\[\]*?]|::", str(folder.absolute())):
         raise UserError(f"rename {folder}: `datasets` reads brackets, *, ? and :: in a path as patterns")
-    others = [str(file) for file in files if file.suffix not in {*BESIDE_TABLES, ".parquet"}]
+    others = [file for file in files if file.suffix not in BESIDE_TABLES | {".parquet"}]
     used = {
         Path(file).resolve()
         for files in datasets.load_dataset_builder(str(folder)).config.data_files.values()
         for file in files
     }
-    others += [str(file) for file in files if file.suffix == ".parquet" and file.resolve() not in used]
-    if others:
-        raise UserError(f"beside its tables, {folder} has files that would be left out: {others[:5]}")
+    refuse(folder, others + [file for file in files if file.suffix == ".parquet" and file.resolve() not in used])
     with_classes = {json.dumps(classes_in(file), sort_keys=True): file for file in files if file.suffix == ".parquet"}
     if len(with_classes) > 1:  # `datasets` would read the numbers of all with the names of the first
         found = [f"{file}: {names}" for names, file in with_classes.items()][:5]

@@ -370,6 +370,30 @@ def test_images_as_bytes_or_paths_and_a_row_without_one(tmp_path):
         server(saved(tmp_path / "d", gap))
 
 
+def test_a_saved_data_set_with_files_that_would_be_left_out(tmp_path):
+    rows = table({"kind": LABEL, "photo": IMAGE}, {"kind": [0, 1], "photo": grey(5, 6)})
+    folder = Path(saved(tmp_path, rows))
+    (folder / "README.md").write_text("About these images.")
+    (folder / "train" / "cache-0123.arrow").touch()  # of `datasets`
+    assert used(server(folder)) == {5: "cat", 6: "dog"}
+    for more in ("train/7.png", "a/8.png", "labels.csv", "validation"):
+        sources.read.cache_clear()
+        if more == "validation":
+            rows.save_to_disk(folder / more)  # dataset_dict.json does not name it
+        else:
+            (folder / more).parent.mkdir(exist_ok=True)
+            (folder / more).touch()
+        with pytest.raises(UserError, match=rf"would be left out: \['.*{more}"):
+            server(folder)
+        shutil.rmtree(folder / more) if more == "validation" else (folder / more).unlink()
+
+
+def test_class_folders_have_no_natural_partition(tmp_path):
+    folder = fill(tmp_path, "train/a/1.png", "train/b/2.png", "test/a/3.png", "test/b/4.png")
+    with pytest.raises(UserError, match="has no tables, so it has no partition-column"):
+        images.load_test_split(typed_config(dataset=str(folder), partitioner="natural", partition_column="site"))
+
+
 def test_tables_with_files_that_would_be_left_out(tmp_path, tiny_dataset):
     shutil.copytree(tiny_dataset, tmp_path / "data")
     assert len(server(tmp_path / "data")) == 40
