@@ -8,23 +8,25 @@ It is for users, so it is not among the tests, which use it too. It is not part 
 without the documentation. It stands beside `benchmarks` and `deploy`, and is started like them.
 
 A `python` block of a recipe holds whole definitions: each replaces the one of its name, or goes to the end of
-the file; imports go to the top. A `diff` block holds lines: those with `-` and without a sign are
-in the file once, in a row, and become those with `+` and without. `@@` begins another place.
+the file; imports go to the top. A definition that another recipe changed is not replaced, unless the comment above
+the block names that recipe: `<!-- bfloat16 after quantise: messaging.py -->`. A `diff` block holds lines: those with
+`-` and without a sign are in the file once, in a row, and become those with `+` and without. `@@` begins another place.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import os
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 PACKAGE = "pytorch_example_low_level"
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("docs/recipes/*.md")}
-BLOCK = re.compile(r"<!-- ([\w-]+): ([\w./]+) -->\n+```(\w+)\n(.*?)```", re.DOTALL)
+BLOCK = re.compile(r"<!-- ([\w-]+)(?: after ([\w-]+))?: ([\w./]+) -->\n+```(\w+)\n(.*?)```", re.DOTALL)
 
 
 class Block(NamedTuple):
@@ -32,6 +34,7 @@ class Block(NamedTuple):
 
     page: str
     recipe: str
+    after: str  # the recipe that it changes, or ""
     file: str
     language: str
     text: str
@@ -52,25 +55,46 @@ def all_blocks() -> dict[str, list[Block]]:
 
 def apply(recipe: str, folder: Path) -> list[Path]:
     """Change the app in a folder; return the changed files. Raises RecipeError, and then changes nothing."""
-    blocks = all_blocks().get(recipe)
-    if blocks is None:
+    everything = [block for blocks in all_blocks().values() for block in blocks]
+    blocks = [block for block in everything if block.recipe == recipe]
+    if not blocks:
         raise RecipeError(f"there is no recipe {recipe!r}; `python -m recipes --list` shows the names")
     changed: dict[Path, str] = {}
     for block in blocks:
         path = folder / block.file if block.file == "pyproject.toml" else folder / PACKAGE / block.file
         try:
             source = changed.get(path) or path.read_text(encoding="utf-8")
-            edit = {"python": with_definitions, "diff": with_lines}[block.language]
-            changed[path] = edit(source, block.text)
+            if block.language == "diff":
+                changed[path] = with_lines(source, block.text)
+            else:
+                own = (recipe, block.after)
+                others = [b for b in everything if b.file == block.file and b.recipe not in own]
+                changed[path] = with_definitions(source, block.text, others)
         except FileNotFoundError:
-            raise RecipeError(f"{folder} is no folder of the app: there is no {path}") from None
+            raise RecipeError(f"{folder} is not a folder of the app: there is no {path}") from None
         except (RecipeError, SyntaxError) as error:
             raise RecipeError(f"{recipe} does not fit {path}, so nothing was changed: {error}") from None
     if unused := definitions(blocks) - used_names(folder, changed):
         raise RecipeError(f"{recipe} changes nothing here, because nothing uses {', '.join(sorted(unused))}")
+    if locked := [path for path in changed if not os.access(path, os.W_OK)]:
+        raise RecipeError(f"nothing was changed, because these files cannot be written: {', '.join(map(str, locked))}")
     for path, source in changed.items():
         path.write_text(source, encoding="utf-8")
     return list(changed)
+
+
+def changed_by(others: Iterable[Block], source: str) -> list[str]:
+    """Return the recipes of which a definition, or changed lines, are in the source."""
+    found = set()
+    for block in others:
+        if block.language == "python":
+            nodes = [node for node in ast.parse(block.text).body if not isinstance(node, ast.Import | ast.ImportFrom)]
+            parts = [segment(block.text, node) for node in nodes]
+        else:
+            parts = [new for old, new in places(block.text) if old in new or old not in source]
+        if any(part in source for part in parts):
+            found.add(block.recipe)
+    return sorted(found)
 
 
 def definitions(blocks: Iterable[Block]) -> set[str]:
@@ -95,10 +119,7 @@ def used_names(folder: Path, changed: Mapping[Path, str]) -> set[str]:
 
 def with_lines(source: str, diff: str) -> str:
     """Return the source with the places of a diff block changed."""
-    for place in re.split(r"^@@.*\n", diff, flags=re.MULTILINE):
-        lines = [(line[:1], line[1:]) for line in place.splitlines(keepends=True)]
-        old = "".join(line or "\n" for sign, line in lines if sign != "+")
-        new = "".join(line or "\n" for sign, line in lines if sign != "-")
+    for old, new in places(diff):
         if source.count(old) != 1:
             raise RecipeError(f"these lines must occur exactly once, but occur {source.count(old)} times:\n{old}")
         if old in new and new in source:  # lines that are only added
@@ -107,15 +128,26 @@ def with_lines(source: str, diff: str) -> str:
     return source
 
 
-def with_definitions(source: str, code: str) -> str:
-    """Return the source with the definitions of a python block in it."""
+def places(diff: str) -> Iterator[tuple[str, str]]:
+    """Yield the old and the new lines of each place of a diff block."""
+    for place in re.split(r"^@@.*\n", diff, flags=re.MULTILINE):
+        lines = [(line[:1], line[1:]) for line in place.splitlines(keepends=True)]
+        old = "".join(line or "\n" for sign, line in lines if sign != "+")
+        yield old, "".join(line or "\n" for sign, line in lines if sign != "-")
+
+
+def with_definitions(source: str, code: str, others: Sequence[Block]) -> str:
+    """Return the source with the definitions of a python block in it. Raises RecipeError if one of `others` is lost."""
     imports, added = [], []
     for node in ast.parse(code).body:
         text = segment(code, node)
         if isinstance(node, ast.Import | ast.ImportFrom):
             imports.append(text)
         elif old := next((n for n in ast.parse(source).body if name_of(n) == name_of(node)), None):
-            source = source.replace(segment(source, old), text)
+            replaced = segment(source, old)
+            if replaced != text and (lost := changed_by(others, replaced)):
+                raise RecipeError(f"it would replace {name_of(node)!r}, which {' and '.join(lost)} changed")
+            source = source.replace(replaced, text)
         else:
             added.append(text)
     if imports:

@@ -681,6 +681,22 @@ def test_a_recipe_that_only_adds_lines_is_applied_once(copy):
         apply("balanced", copy)
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "lost"),
+    [
+        ("norm-clipping", "median", "'weighted_mean', which norm-clipping changed"),
+        ("dp", "secure-sum", "'train', which dp changed"),  # dp changed some lines of it
+        ("fedprox", "tabular", "'train', which fedprox changed"),
+    ],
+)
+def test_a_recipe_does_not_replace_what_another_one_changed(copy, first, second, lost):
+    apply(first, copy)
+    before = {file: file.read_text() for file in copy.rglob("*.*")}
+    with pytest.raises(RecipeError, match=f"nothing was changed: it would replace {lost}"):
+        apply(second, copy)
+    assert {file: file.read_text() for file in copy.rglob("*.*")} == before
+
+
 def test_a_recipe_that_nothing_would_use_changes_nothing(copy):
     apply("dp", copy)  # it calls another function than `weighted_mean`
     before = (copy / "pytorch_example_low_level" / "server_app.py").read_text()
@@ -700,5 +716,5 @@ def test_what_the_command_refuses(copy, tmp_path):
         apply("fedprox", copy)  # it is there already
     with pytest.raises(RecipeError, match="there is no recipe 'fedprix'"):
         apply("fedprix", copy)
-    with pytest.raises(RecipeError, match="is no folder of the app"):
+    with pytest.raises(RecipeError, match="is not a folder of the app"):
         apply("fedprox", tmp_path / "nowhere")
