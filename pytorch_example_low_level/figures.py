@@ -108,10 +108,12 @@ def plot_results(results: Sequence[Row], facts: Mapping[str, Any], score: str) -
         axes.locator_params(axis="x", integer=True)
         if central.ndim == 2:
             extent = (rounds[0] - 0.5, rounds[-1] + 0.5, central.shape[1] - 0.5, -0.5)
+            picture = np.full((central.shape[1], int(rounds[-1] - rounds[0]) + 1), np.nan)  # a round may have no list
+            picture[:, np.array(rounds, dtype=int) - int(rounds[0])] = central.T
             shares = np.nanmin(central, initial=0) >= 0 and np.nanmax(central, initial=0) <= 1
             limits = {"vmin": 0, "vmax": 1} if shares else {}
             figure.colorbar(
-                axes.imshow(central.T, extent=extent, aspect="auto", interpolation="nearest", **limits), ax=axes
+                axes.imshow(picture, extent=extent, aspect="auto", interpolation="nearest", **limits), ax=axes
             )
             if central.shape[1] <= 30:
                 names_shown = [name[:MAX_NAME] for name in element_names(central[0], facts)]

@@ -69,13 +69,17 @@ def test_the_plot_shows_the_curves_and_leaves_out_what_is_null():
 
 
 def test_the_plot_shows_the_accuracy_of_each_class():
-    table = [None, [0.0, None, 0.5], [0.25, None, 1.0]]
+    table = [None, [0.0, None, 0.5], None, [0.25, None, 1.0]]
     _, _, right, _ = figures.plot_results(
         rows_with(centralized_accuracy_per_class=table), {"names": ["a", "b", "c"]}, SCORE
     ).axes
     (image,) = right.images
-    assert image.get_array().filled(-1).tolist() == [[0.0, 0.25], [-1, -1], [0.5, 1.0]]  # classes over rounds
-    assert tuple(image.get_extent()) == (0.5, 2.5, 2.5, -0.5)  # each class and each round has a field of size 1
+    assert image.get_array().filled(-1).tolist() == [
+        [0.0, -1, 0.25],
+        [-1, -1, -1],
+        [0.5, -1, 1.0],
+    ]  # classes over rounds
+    assert tuple(image.get_extent()) == (0.5, 3.5, 2.5, -0.5)  # each class and each round has a field of size 1
     assert image.get_clim() == (0, 1)
     assert [text.get_text() for text in right.get_yticklabels()] == ["a", "b", "c"]
     money = figures.plot_results(rows_with(centralized_accuracy_per_class=table), {"names": ["1 $", "2 $", "3"]}, SCORE)
