@@ -55,6 +55,11 @@ def read(name: str, image_column: str, label_column: str, site_column: str, *, o
     datasets.disable_progress_bars()
     name = bundled() if name == BUNDLED and not of_node else name
     folder = Path(name).expanduser()
+    on_the_hub = not of_node and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?", name)
+    if on_the_hub and folder.is_dir():
+        raise UserError(
+            f"{name!r} may be on the Hub, and {Path.cwd()} has a folder of this name. Give its absolute path"
+        )
     if folder.is_dir():
         files = files_below(folder)
         if any((folder / file).exists() for file in ("dataset_dict.json", "state.json")):
@@ -65,7 +70,7 @@ def read(name: str, image_column: str, label_column: str, site_column: str, *, o
             raise UserError(f"{folder} has no tables, so it has no partition-column, which partitioner='natural' needs")
         else:
             return class_folders(folder, files, of_node=of_node)
-    elif of_node or name.startswith(("/", ".", "~")) or not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", name):
+    elif not on_the_hub:
         raise UserError(f"there is no folder {folder.absolute()}")
     else:
         kind, (hub, *configuration) = "on the Hub", name.split(":")
@@ -96,6 +101,8 @@ def files_below(folder: Path) -> list[Path]:
             raise UserError(f"{here} is a link to a folder that it is in")
         folders[:] = sorted(name for name in folders if is_visible(name))
         found += [here / name for name in sorted(files) if is_visible(name)]
+    if unreadable := [path for path in found if os.fsencode(path) != str(path).encode(errors="replace")]:
+        raise UserError(f"rename {unreadable[:5]}: these names are not in UTF-8")
     if other := next((path for path in found if not path.is_file()), None):
         raise UserError(f"{other} is not a file, or a link to nothing")
     return found

@@ -4,6 +4,7 @@ import hashlib
 import os
 import re
 import shutil
+import sys
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
@@ -174,6 +175,24 @@ def test_a_data_path_is_never_looked_up_on_the_hub(monkeypatch):
     for path in ("uoft-cs/cifar10", "misspelt", sources.BUNDLED):
         with pytest.raises(UserError, match=f"Cannot use data-path '{path}': there is no folder /"):
             node(path)
+
+
+def test_a_name_on_the_hub_that_is_a_folder_too_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = fill(
+        tmp_path / "owner" / "name", "train/a/1.png", "train/b/2.png", "train/b/3.png", "test/a/4.png", "test/b/5.png"
+    )
+    with pytest.raises(UserError, match=r"'owner/name' may be on the Hub, and .* has a folder of this name"):
+        server("owner/name")
+    assert len(server(str(folder))) == len(server("./owner/name")) == 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_a_name_that_is_not_utf8_is_refused(tmp_path):
+    fill(tmp_path, "train/a/1.png", "train/b/2.png", "train/b/3.png", "test/a/4.png", "test/b/5.png")
+    (tmp_path / "test" / "a").rename(tmp_path / "test" / os.fsdecode(b"caf\xe9"))
+    with pytest.raises(UserError, match=r"rename \[.*caf\\udce9.*these names are not in UTF-8"):
+        server(tmp_path)
 
 
 LETTERS = st.characters(exclude_characters="/\0", exclude_categories=("Cs", "Cc"))
