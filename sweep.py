@@ -11,8 +11,9 @@ set `query-max-delay=0.0` with it. `--jobs 2` does two runs at the same time; wi
 takes one core.
 
 OUT.json is written after every run, and OUT-runs has the run directories. After an interruption, the tables show what
-is there, and the same command continues: it does only the runs that OUT.json lacks. With `use-wandb=true`, the runs
-are a group in W&B with the name of OUT. The tables and the plot show the last round and the curves, not the best round.
+is there, and the same command continues: it does only the runs that OUT.json lacks. It refuses to continue with other
+code of the app, other settings or another number of nodes. With `use-wandb=true`, the runs are a group in W&B with the
+name of OUT. The tables and the plot show the last round and the curves, not the best round.
 """
 
 from __future__ import annotations
@@ -24,134 +25,220 @@ import logging
 import os
 import re
 import signal
-import statistics
 import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
 from datetime import timedelta
+from functools import partial
+from itertools import combinations
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
 
+from benchmarks.seeds import COLUMNS, Rows, Runs, number, show
 from benchmarks.simulation import LocalSuperLink
-from deploy.cli import command_of, family, interrupted_by_signals
+from deploy.cli import PROJECT, command_of, family, interrupted_by_signals
 from pytorch_example_low_level import client_app, server_app
-from pytorch_example_low_level.task import SCORE
+from pytorch_example_low_level.config import CODE, RunConfig, UserError, explained, source_digest
 from pytorch_example_low_level.utils import replace_json
 from tests.grid import InProcessGrid, make_context, run_config
 
-Rows = list[dict[str, Any]]  # a run's results.json
-Runs = dict[str, dict[str, Rows]]  # variant -> seed, as text for JSON -> rows
+Settings = dict[str, Any]
 
-COLUMNS = {
-    "central": f"centralized_{SCORE}",
-    "federated": f"federated_evaluate_{SCORE}",
-    "worst node": f"federated_evaluate_{SCORE}_min",
-}
+CODE_DIGEST = CODE.partition(" ")[0]  # without the folder
+SET_HERE = {"seed", "output-dir", "resume-from"}  # not by the user
 PROGRESS_EVERY = 30  # seconds
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")  # Okabe and Ito: safe for the colour-blind
-LINES = ("-", "--", ":", "-.", "-")
+
+
+class Sweep(BaseModel):
+    """OUT.json: on what the results depend, and the results."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    code: str  # the digest of the app's source
+    in_process: bool
+    nodes: int
+    settings: dict[str, Settings]  # variant -> all settings, except those in SET_HERE
+    runs: Runs
 
 
 def main() -> None:
     """Parse the command line, do the runs, write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3, help="number of seeds, from 0 (default: %(default)s)")
-    parser.add_argument("--nodes", type=int, default=50, help="simulated nodes (default: %(default)s)")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time (default: %(default)s)")
+    parser.add_argument("--seeds", type=positive, default=3, help="number of seeds, from 0 (default: %(default)s)")
+    parser.add_argument("--nodes", type=positive, default=50, help="simulated nodes (default: %(default)s)")
+    parser.add_argument("--jobs", type=positive, default=1, help="runs at the same time (default: %(default)s)")
     parser.add_argument("--in-process", action="store_true", help="without Flower's engine: the same bits, sooner")
-    parser.add_argument("--run-config", default="", help="as for `flwr run`")
+    parser.add_argument("--run-config", action="append", default=[], help="as for `flwr run`; a later one overrides")
     parser.add_argument("--vary", action="append", default=[], metavar="KEY=VALUE", help="one variant for each")
-    parser.add_argument("--out", type=Path, required=True, help="OUT.json, OUT.png and OUT-runs are written")
+    parser.add_argument("--out", type=named_path, required=True, help="OUT.json, OUT.png and OUT-runs are written")
     args = parser.parse_args()
+    out, folder = (args.out.with_name(args.out.name + end).absolute() for end in (".json", "-runs"))
     try:
-        common = {"use-wandb": False} | parse_settings(args.run_config)
-        variants = {name: common | parse_settings(name) for name in args.vary} or {"": common}
-    except ValueError as error:
+        variants = read_variants(args.run_config, args.vary, args.nodes)
+        sweep = Sweep(code=CODE_DIGEST, in_process=args.in_process, nodes=args.nodes, settings=variants, runs={})
+        sweep = continued(sweep, out)
+        folder.mkdir(parents=True, exist_ok=True)
+    except (UserError, OSError) as error:
         parser.error(str(error))
-    if set_here := {"seed", "output-dir"} & set().union(*variants.values()):
-        parser.error(f"a sweep sets {', '.join(sorted(set_here))} itself; use --seeds and --out")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    out = args.out.with_name(f"{args.out.name}.json")
-    runs = load_runs(out, args.nodes, variants)
-    missing = [(name, seed) for seed in range(args.seeds) for name in variants if str(seed) not in runs[name]]
+    runs = {name: sweep.runs[name] for name in variants}
+    seeds = [str(seed) for seed in range(args.seeds)]
+    missing = [(name, seed) for seed in seeds for name in variants if seed not in runs[name]]
     os.environ["WANDB_RUN_GROUP"] = args.out.name  # the processes of the runs inherit it
 
-    def done(name: str, seed: int, rows: Rows) -> None:
-        runs[name][str(seed)] = rows
-        replace_json(out, {"nodes": args.nodes, "settings": variants, "runs": runs})
+    def done(name: str, seed: str, rows: Rows) -> None:
+        runs[name][seed] = rows
+        replace_json(out, sweep.model_dump())
 
-    interrupted = False
+    problem = ""
     if missing:
-        with runner(args, variants) as run:
-            try:
-                rounds = sum((run_config() | variants[name])["num-server-rounds"] for name, _ in missing)
-                do_runs(missing, run, done, args.jobs, rounds, lambda: rounds_done(runs_folder(args.out)))
-            except KeyboardInterrupt:
-                interrupted = True
-                for child in family(os.getpid())[1:]:
-                    if "resource_tracker" not in command_of(child):  # Python's own, which ends by itself
-                        child.kill()
-    seeds = [str(seed) for seed in range(args.seeds)]
-    wanted = {name: [rows[seed] for seed in seeds if seed in rows] for name, rows in runs.items()}
-    show({name: results for name, results in wanted.items() if results}, args.out)
-    if interrupted:
-        there = sum(map(len, wanted.values()))
-        sys.exit(f"Interrupted: {there} of {len(seeds) * len(variants)} runs are in {out}. The same command continues.")
+        try:
+            with runner(sweep, args.jobs, folder) as begin:
+                rounds = sum(variants[name]["num-server-rounds"] for name, _ in missing)
+                failed = do_runs(missing, begin, done, args.jobs, rounds, lambda: rounds_done(folder))
+                problem = f"Failed: {'; '.join(failed)}." if failed else ""
+        except KeyboardInterrupt:
+            problem = "Interrupted."
+    show(runs, seeds, args.out.with_name(f"{args.out.name}.png"))
+    if problem:
+        there = sum(seed in rows for rows in runs.values() for seed in seeds)
+        sys.exit(f"{problem} {there} of {len(seeds) * len(variants)} runs are in {out}. The same command continues.")
 
 
-def runs_folder(out: Path) -> Path:
-    """Return the folder of the run directories."""
-    return out.with_name(f"{out.name}-runs").absolute()
+def positive(text: str) -> int:
+    """Return a number of the command line that must be at least 1."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not allowed; it must be at least 1")
+    return number
 
 
-def rounds_done(outputs: Path) -> int:
-    """Return the number of rounds that all runs have committed."""
-    return sum(len(json.loads(path.read_text())) - 1 for path in outputs.glob("*/seed-*/*/*/results.json"))
+def named_path(text: str) -> Path:
+    """Return the path of --out, whose last part is the name to which .json is added."""
+    if text.replace(os.sep, "/").rpartition("/")[2] in {"", ".", ".."}:
+        raise argparse.ArgumentTypeError(f"{text!r} does not end in a name, as results/rates does")
+    return Path(text)
+
+
+def parse_settings(text: str) -> Settings:
+    """Return the settings in a text such as `a=1 b='x y'`, which `flwr run --run-config` takes. Raises UserError."""
+    pair = r"""([\w-]+)=('[^']*'|"[^"]*"|\S+)"""
+    if not re.fullmatch(rf"\s*({pair}(\s+|$))*", text):
+        raise UserError(f"not settings such as \"a=1 b='x'\": {text}")
+    with explained(f"not settings such as \"a=1 b='x'\": {text}"):
+        return tomllib.loads("\n".join(f"{key} = {value}" for key, value in re.findall(pair, text)))
+
+
+def read_variants(common: Sequence[str], vary: Sequence[str], nodes: int) -> dict[str, Settings]:
+    """Return all settings of each variant. Raises UserError, which lists the faults of all variants."""
+    of_all: Settings = {}
+    for text in common:
+        of_all |= parse_settings(text)
+    given = {name: of_all | parse_settings(name) for name in vary or [""]}
+    if set_here := SET_HERE & set().union(*given.values()):
+        raise UserError(f"a sweep sets {', '.join(sorted(set_here))} itself; use --seeds and --out")
+    defaults = {key: value for key, value in run_config(use_wandb=False).items() if key not in SET_HERE}
+    variants = {name: defaults | settings for name, settings in given.items()}
+    if same := [pair for pair in combinations(vary, 2) if variants[pair[0]] == variants[pair[1]]]:
+        raise UserError(f"two variants have the same settings: --vary {same[0][0]!r} and --vary {same[0][1]!r}")
+    faults: dict[str, str] = {}  # with the first variant that has each
+    for name, settings in variants.items():
+        try:
+            check_settings(settings, nodes)
+        except UserError as error:
+            faults.setdefault(str(error), f"--vary {name!r}: " if vary else "")
+    if faults:
+        raise UserError("\n".join(name + fault for fault, name in faults.items()))
+    return variants
+
+
+def check_settings(settings: Settings, nodes: int) -> None:
+    """Check the settings of a variant before anything is run. Raises UserError."""
+    config = RunConfig.from_context(make_context(for_run(settings, "0", Path("any"))))
+    if nodes < config.min_available_nodes:
+        raise UserError(f"--nodes {nodes} is less than min-available-nodes, {config.min_available_nodes}")
+    is_folder = config.dataset.startswith(".") or Path(config.dataset).is_dir()
+    paths = {"initial-model": config.initial_model, "dataset": config.dataset if is_folder else ""}
+    for key, path in paths.items():
+        if path and not path.startswith("~") and not Path(path).is_absolute():
+            # The runs have other working directories than this process.
+            raise UserError(f"{key}={path!r} is a relative path; use the absolute one, {str(Path(path).absolute())!r}")
+
+
+def for_run(settings: Settings, seed: str, folder: Path) -> Settings:
+    """Return the settings of a run: those of its variant, and those that a sweep sets."""
+    return settings | {"seed": int(seed), "output-dir": str(folder), "resume-from": ""}
+
+
+def continued(sweep: Sweep, path: Path) -> Sweep:
+    """Return the sweep with the variants and runs of an earlier start. Raises UserError if the two do not agree."""
+    then = sweep
+    advice = "Choose another --out, or delete the file"
+    if path.exists():
+        try:
+            then = Sweep.model_validate_json(path.read_bytes())
+        except ValidationError as error:
+            fault = error.errors()[0]
+            what = ": ".join([*map(str, fault["loc"]), fault["msg"]])
+            raise UserError(f"{path} is damaged, or not of this version of the command ({what}). {advice}") from None
+    pairs: dict[str, tuple[object, object]] = {
+        "the app's code": (then.code, sweep.code),
+        "--in-process": (then.in_process, sweep.in_process),
+        "--nodes": (then.nodes, sweep.nodes),
+    }
+    for name, now in sweep.settings.items():
+        before = then.settings.get(name, now)
+        pairs |= {f"{key} of {name!r}" if name else key: (before.get(key), now.get(key)) for key in before | now}
+    if differing := [f"  - {what}: {a!r} then, {b!r} now" for what, (a, b) in pairs.items() if a != b]:
+        raise UserError("\n".join([f"{path} has runs of something else. {advice}. What differs:", *differing]))
+    settings = then.settings | sweep.settings
+    return sweep.model_copy(update={"settings": settings, "runs": {n: then.runs.get(n, {}) for n in settings}})
 
 
 @contextlib.contextmanager
-def runner(args: argparse.Namespace, variants: Mapping[str, dict[str, Any]]) -> Iterator[Callable[[str, int], Rows]]:
-    """Give a function that does the run of a variant and a seed, and returns the rows of its results.json."""
-    outputs = runs_folder(args.out)
+def runner(sweep: Sweep, jobs: int, folder: Path) -> Iterator[Callable[[str, str], futures.Future[Rows]]]:
+    """Give a function that begins the run of a variant and a seed. An exception in the block ends the runs at work."""
+    with contextlib.ExitStack() as stack:
+        executor: futures.Executor
+        begun: list[futures.Future[Rows]] = []
+        run: Callable[[int, str, Settings], Rows] = run_in_process
+        if sweep.in_process:
+            executor = stack.enter_context(futures.ProcessPoolExecutor(jobs, get_context("spawn"), quiet_worker))
+        else:
+            home = stack.enter_context(tempfile.TemporaryDirectory())
+            run = partial(run_with_engine, stack.enter_context(LocalSuperLink(Path(home))))
+            executor = stack.enter_context(futures.ThreadPoolExecutor(jobs))
 
-    def settings(name: str, seed: int) -> dict[str, Any]:
-        number = list(variants).index(name)  # two names may differ only in what is replaced here
-        readable = re.sub(r"[^\w.=-]+", "_", name or "default")
-        folder = outputs / f"{number}_{readable}" / f"seed-{seed}"
-        return variants[name] | {"seed": seed, "output-dir": str(folder)}
+        def begin(name: str, seed: str) -> futures.Future[Rows]:
+            number = list(sweep.settings).index(name)  # two names may differ only in what is replaced here
+            readable = re.sub(r"[^\w.=-]+", "_", name or "default")
+            settings = for_run(sweep.settings[name], seed, folder / f"{number}_{readable}" / f"seed-{seed}")
+            begun.append(executor.submit(run, sweep.nodes, sweep.code, settings))
+            return begun[-1]
 
-    if args.in_process:
-        with ProcessPoolExecutor(args.jobs, get_context("spawn"), quiet_worker) as pool:
-            yield lambda name, seed: pool.submit(run_in_process, args.nodes, settings(name, seed)).result()
-        return
-
-    def run(name: str, seed: int) -> Rows:
-        finished = superlink.run(nodes=args.nodes, **settings(name, seed))
-        if finished.status != "finished:completed":
-            raise SystemExit(f"{name} seed {seed} ended with {finished.status}:\n{finished.log[-3000:]}")
-        return finished.results
-
-    with tempfile.TemporaryDirectory() as home, LocalSuperLink(Path(home)) as superlink:
-        yield run
+        try:
+            yield begin
+        except BaseException:
+            while futures.wait(begun, 0.2).not_done:  # again, because a run may just be starting its process
+                end_processes()
+            raise
 
 
-def show(runs: Mapping[str, Sequence[Rows]], out: Path) -> None:
-    """Print the tables and write the plot."""
-    if not runs:
-        return
-    seeds = max(map(len, runs.values()))
-    print(f"\nThe last round, mean ± standard deviation and worst of {seeds} seeds\n\n{final_table(runs)}")
-    if len(runs) > 1:
-        print(differences(runs))
-    for name, results in runs.items():
-        print(f"\n{name or 'All rounds'}\n\n{table(results)}")
-    plot(runs, out.with_name(f"{out.name}.png"))
+def end_processes() -> None:
+    """End the processes of the runs at work."""
+    for child in psutil.Process().children():
+        # Python's tracker ends by itself. Without the SuperLink, `flwr` would start another one, which stays.
+        if not re.search("resource_tracker|flower-superlink", command_of(child)):
+            for process in family(child.pid):
+                with contextlib.suppress(psutil.Error):  # it has just ended
+                    process.kill()
 
 
 def quiet_worker() -> None:
@@ -161,43 +248,51 @@ def quiet_worker() -> None:
     logging.getLogger("flwr").setLevel(logging.WARNING)
 
 
-def run_in_process(nodes: int, settings: dict[str, Any]) -> Rows:
+def run_in_process(nodes: int, code: str, settings: Settings) -> Rows:
     """Do one run on the in-process Grid of the tests; return the rows of its results.json."""
-    config = run_config() | settings
-    server_app.main(InProcessGrid(client_app.app, config, nodes), make_context(config))
-    latest = max(Path(config["output-dir"]).glob("*/*/results.json"))  # an earlier one was interrupted
-    rows: Rows = json.loads(latest.read_text())
+    check_code(CODE_DIGEST, code)
+    folder = Path(settings["output-dir"])
+    before = set(folder.glob("*/*"))  # those of interrupted runs
+    server_app.main(InProcessGrid(client_app.app, settings, nodes), make_context(settings))
+    (directory,) = set(folder.glob("*/*")) - before
+    rows: Rows = json.loads((directory / "results.json").read_text())
     return rows
 
 
-def parse_settings(text: str) -> dict[str, Any]:
-    """Return the settings in a text such as `a=1 b='x y'`, which `flwr run --run-config` takes. Raises ValueError."""
-    pair = r"""([\w-]+)=('[^']*'|"[^"]*"|\S+)"""
-    if not re.fullmatch(rf"\s*({pair}(\s+|$))*", text):
-        raise ValueError(f"not settings such as \"a=1 b='x'\": {text}")
-    return tomllib.loads("\n".join(f"{key} = {value}" for key, value in re.findall(pair, text)))
+def run_with_engine(superlink: LocalSuperLink, nodes: int, code: str, settings: Settings) -> Rows:
+    """Do one `flwr run`; return the rows of its results.json. Raises UserError if it fails."""
+    check_code(source_digest(PROJECT / "pytorch_example_low_level"), code)
+    finished = superlink.run(nodes=nodes, **settings)
+    if finished.status != "finished:completed":
+        _, found, message = finished.log.rpartition(f"\n{UserError.__module__}.UserError: ")  # of a traceback
+        why = message.partition("\nERROR")[0] if found else f"{finished.status}:\n{finished.log[-3000:]}"
+        raise UserError(why)
+    return finished.results
 
 
-def load_runs(path: Path, nodes: int, variants: Mapping[str, dict[str, Any]]) -> Runs:
-    """Return the runs of an earlier start. Raises SystemExit when they had other settings."""
-    if not path.exists():
-        return {name: {} for name in variants}
-    earlier = json.loads(path.read_text())
-    if (earlier["nodes"], earlier["settings"]) != (nodes, variants):
-        raise SystemExit(f"{path} has runs with other settings ({earlier['nodes']} nodes, {earlier['settings']})")
-    runs: Runs = earlier["runs"]
-    return runs
+def check_code(now: str, then: str) -> None:
+    """Raise UserError if the app was edited after the sweep began."""
+    if now != then:
+        raise UserError(f"the app was edited after the sweep began (its code is now {now}; it was {then})")
+
+
+def rounds_done(outputs: Path) -> int:
+    """Return the number of rounds that all runs have committed."""
+    return sum(len(json.loads(path.read_text())) - 1 for path in outputs.glob("*/seed-*/*/*/results.json"))
 
 
 def do_runs(
-    missing: Sequence[tuple[str, int]],
-    run: Callable[[str, int], Rows],
-    done: Callable[[str, int, Rows], None],
+    missing: Sequence[tuple[str, str]],
+    begin: Callable[[str, str], futures.Future[Rows]],
+    done: Callable[[str, str, Rows], None],
     jobs: int,
     rounds: int,
     rounds_done: Callable[[], int],
-) -> None:
-    """Do the runs, `jobs` at the same time; print the progress and the time left, by the rounds of all runs."""
+) -> list[str]:
+    """Do the runs, `jobs` at the same time; print the progress and the time left, by the rounds of all runs.
+
+    After a failure, those at work go on to their end, and no other begins. Returns which failed.
+    """
     print(f"{len(missing)} runs with {rounds} rounds to do, {jobs} at the same time ...", flush=True)
     started, before = time.monotonic(), rounds_done()  # those of interrupted runs are done again
 
@@ -207,110 +302,32 @@ def do_runs(
         left = timedelta(seconds=round(pace * (rounds - finished))) if finished else "an unknown time"
         return f"{finished}/{rounds} rounds; about {left} left"
 
-    executor = ThreadPoolExecutor(jobs)
-    futures = {executor.submit(run, *which): which for which in missing}
-    waiting, count = set(futures), 0
-    try:
-        while waiting:
-            finished, waiting = wait(waiting, PROGRESS_EVERY, FIRST_COMPLETED)
-            if not finished:
-                print(f"... {progress()}", flush=True)
-            for future in sorted(finished, key=lambda f: f.exception() is not None):  # keep those that went well
-                count, (name, seed) = count + 1, futures[future]
+    waiting, failed, count = deque(missing), list[str](), 0
+    at_work: dict[futures.Future[Rows], tuple[str, str]] = {}
+    while at_work or (waiting and not failed):
+        while waiting and not failed and len(at_work) < jobs:
+            which = waiting.popleft()
+            at_work[begin(*which)] = which
+        finished, _ = futures.wait(at_work, PROGRESS_EVERY, futures.FIRST_COMPLETED)
+        if not finished:
+            print(f"... {progress()}", flush=True)
+        for future in finished:
+            name, seed = at_work.pop(future)
+            what = f"{name or 'run'}, seed {seed}"
+            try:
                 rows = future.result()
                 done(name, seed, rows)
-                figures = ", ".join(f"{what} {number(rows[-1][key])}" for what, key in COLUMNS.items())
-                print(f"{count}/{len(missing)} {name or 'run'}, seed {seed}: {figures}; {progress()}", flush=True)
-    finally:
-        executor.shutdown(wait=False, cancel_futures=True)  # begin no other run, and do not wait for those at work
-
-
-def number(value: float | None) -> str:
-    """Return a score for a table."""
-    return "–" if value is None else f"{value:.3f}"
-
-
-def of_round(results: Sequence[Rows], server_round: int, key: str) -> list[float]:
-    """Return a figure of a round (-1: the last one) for all seeds that have it. A run may have stopped early."""
-    values = [run[server_round][key] for run in results if server_round < len(run)]
-    return [value for value in values if value is not None]
-
-
-def cells(results: Sequence[Rows], server_round: int) -> str:
-    """Return mean ± standard deviation and worst of each figure of a round: columns in Markdown."""
-    found = []
-    for key in COLUMNS.values():
-        values = of_round(results, server_round, key)
-        found += [f"{statistics.mean(values):.3f} ± {statistics.pstdev(values):.3f}" if values else "–"]
-        found += [number(min(values, default=None))]
-    return " | ".join(found)
-
-
-def header(first: str) -> list[str]:
-    """Return the first two lines of a table in Markdown."""
-    return [f"| {first} | {' | worst seed | '.join(COLUMNS)} | worst seed |", f"|{' --- |' * (2 * len(COLUMNS) + 1)}"]
-
-
-def table(results: Sequence[Rows]) -> str:
-    """Return a line for each round in Markdown."""
-    lines = header("round")
-    rounds = range(1, max(map(len, results)))
-    lines += [f"| {server_round} | {cells(results, server_round)} |" for server_round in rounds]
-    return "\n".join(lines)
-
-
-def final_table(runs: Mapping[str, Sequence[Rows]]) -> str:
-    """Return the last round of each variant in Markdown."""
-    lines = header("settings")
-    lines += [f"| {name or 'default'} | {cells(results, -1)} |" for name, results in runs.items()]
-    return "\n".join(lines)
-
-
-def differences(runs: Mapping[str, Sequence[Rows]]) -> str:
-    """Return how far each variant is behind the best one, as a list in Markdown.
-
-    A difference is within the spread over seeds if it is at most the sum of the two standard deviations.
-    """
-    found = {name: of_round(results, -1, COLUMNS["central"]) for name, results in runs.items()}
-    scores = {name: values for name, values in found.items() if values}
-    if not scores:
-        return f"\nNo run has a central {SCORE}."
-    mean = {name: statistics.mean(values) for name, values in scores.items()}
-    best = max(mean, key=lambda name: mean[name])
-    lines = [f"\nThe best is {best}. The others, in the central {SCORE}:\n"]
-    for name, values in scores.items():
-        if name != best:
-            spread = statistics.pstdev(values) + statistics.pstdev(scores[best])
-            where = "within" if mean[best] - mean[name] <= spread else "beyond"
-            lines.append(f"- {name}: {mean[name] - mean[best]:.3f}, {where} the spread over seeds ({spread:.3f})")
-    return "\n".join(lines)
-
-
-def plot(runs: Mapping[str, Sequence[Rows]], path: Path) -> None:
-    """Draw the mean over seeds with a band from the worst to the best: both accuracies, or the variants."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.subplots()
-    names = ["central", "federated"] if len(runs) == 1 else ["central"]
-    curves = [
-        (name if len(runs) > 1 else what, results, COLUMNS[what]) for name, results in runs.items() for what in names
-    ]
-    for i, (label, results, key) in enumerate(curves):
-        colour, line = COLOURS[i % len(COLOURS)], LINES[i % len(LINES)]
-        rounds = range(1, max(map(len, results)))
-        found = {r: values for r in rounds if (values := of_round(results, r, key))}
-        lows, highs = [min(v) for v in found.values()], [max(v) for v in found.values()]
-        means = [statistics.mean(v) for v in found.values()]
-        axes.plot(list(found), means, line, color=colour, label=label, linewidth=2)
-        axes.fill_between(list(found), lows, highs, color=colour, alpha=0.15)
-    seeds = max(map(len, runs.values()))
-    title = f"Mean over {seeds} seeds; the band goes from the worst to the best"
-    axes.set(xlabel="round", ylabel=SCORE if len(runs) == 1 else f"central {SCORE}", title=title)
-    axes.locator_params(axis="x", integer=True)
-    axes.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=min(len(curves), 2))  # beside the axes it hides no curve
-    figure.savefig(path, dpi=110)
+            except Exception as error:
+                known = isinstance(error, UserError | futures.BrokenExecutor)
+                why = str(error) if known else "".join(traceback.format_exception(error))
+                others = f"\nWaiting for the runs at work ({len(at_work)}); no other begins." if at_work else ""
+                print(f"{what} failed: {why}{others}", file=sys.stderr, flush=True)
+                failed.append(what)
+                continue
+            count += 1
+            figures = ", ".join(f"{column} {number(rows[-1][key])}" for column, key in COLUMNS.items())
+            print(f"{count}/{len(missing)} {what}: {figures}; {progress()}", flush=True)
+    return failed
 
 
 if __name__ == "__main__":
