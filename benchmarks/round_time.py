@@ -133,9 +133,12 @@ def measure_big(superlink: LocalSuperLink, folder: Path, report: Report, rounds:
     report.step("model of 25 MB: app, engine and floor")
     setting = Setting(500, 50, 50, report.dataset, width=BIG)
     row = measure_setting(superlink, setting, rounds, {"app": big_app(folder)}, {"parameters": (512 + 11) * BIG})
+    busy = watch_engine(superlink, 500, rounds=rounds, width=BIG, **setting.arithmetic()).engine("round")
     app, engine = more_memory(report, row)
     figures = {
         "app, s per round": row["app_round"],
+        "engine with the arithmetic, s per round": statistics.median(busy[1:]),
+        "app / engine with the arithmetic, a round": row["app_round"] / statistics.median(busy[1:]),
         "engine, s per round": row["engine_round"],
         "floor, s per round": row["floor"],
         "app / (floor + engine), a round": row["ratio"],

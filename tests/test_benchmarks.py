@@ -77,6 +77,7 @@ class InProcessSuperLink:
                 "imports": "imports" in run_config and run_config["imports"],
                 "rounds": 2,
                 "parameters": 80,
+                "width": run_config.get("width", 0),
                 "trained": 2,
                 "asked": NODES,
                 "evaluated": 3,

@@ -42,24 +42,28 @@ def images(count: int) -> Split:
     return Split(pixels, torch.arange(count) % 10, [str(number) for number in range(10)])
 
 
-def model(arrays: ArrayRecord | None = None) -> nn.Module:
-    """Return the app's model."""
+def model(width: Any, arrays: ArrayRecord | None = None) -> nn.Module:
+    """Return the app's model, with another width of the first linear layer unless `width` is 0."""
+    from torch import nn
+
     from pytorch_example_low_level.task import make_model
 
     net = make_model(images(1).facts)
+    if width:
+        net.fc1, net.fc2 = nn.Linear(32 * 4 * 4, width), nn.Linear(width, 10)
     if arrays is not None:
         net.load_state_dict(arrays.to_torch_state_dict())
     return net
 
 
-def test(arrays: ArrayRecord, count: int) -> None:
+def test(arrays: ArrayRecord, count: int, width: Any) -> None:
     """Test the model on random images, if there are any."""
     if count:
         import torch
 
         from pytorch_example_low_level import task
 
-        task.test(model(arrays), images(count), torch.device("cpu"))
+        task.test(model(width, arrays), images(count), torch.device("cpu"))
 
 
 @cache
@@ -84,7 +88,7 @@ def train(msg: Message, context: Context) -> Message:
 
         from pytorch_example_low_level import task
 
-        net = model(arrays)
+        net = model(context.run_config["width"], arrays)
         task.train(net, images(count), SETTINGS, lr=0.01, seed=1, device=torch.device("cpu"))
         arrays = ArrayRecord(net.state_dict())
     metrics = MetricRecord({"train_loss": 1.0, "num-examples": 1})
@@ -94,7 +98,8 @@ def train(msg: Message, context: Context) -> Message:
 @client.evaluate()
 def evaluate(msg: Message, context: Context) -> Message:
     """Test the model if there are images."""
-    test(msg.content.array_records["arrays"], int(context.run_config["validation-images"]))
+    count = int(context.run_config["validation-images"])
+    test(msg.content.array_records["arrays"], count, context.run_config["width"])
     metrics = MetricRecord({"eval_loss": 1.0, "eval_acc": 1.0, "num-examples": 1})
     return Message(RecordDict({"metrics": metrics}), reply_to=msg)
 
@@ -137,7 +142,7 @@ def main(grid: Grid, context: Context) -> None:
         import datasets  # noqa: F401
         import torch  # noqa: F401
     if count := config["test-images"]:
-        arrays = ArrayRecord(model().state_dict())
+        arrays = ArrayRecord(model(config["width"]).state_dict())
     else:  # as many arrays as the app's model has, and as many numbers
         values = np.zeros(config["parameters"] // 12, dtype=np.float32)
         arrays = ArrayRecord({f"{number}": Array(values) for number in range(12)})
@@ -168,6 +173,6 @@ def main(grid: Grid, context: Context) -> None:
         sample = random.Random(server_round).sample
         started = time.monotonic()
         arrays = exchange(MessageType.TRAIN, config["trained"])
-        exchange(MessageType.QUERY, config["asked"], partial(test, arrays, count))
+        exchange(MessageType.QUERY, config["asked"], partial(test, arrays, count, config["width"]))
         exchange(MessageType.EVALUATE, config["evaluated"])
         print(f"ENGINE round {len(connected)} {time.monotonic() - started:.6f}", flush=True)
