@@ -136,11 +136,7 @@ def animate(folder: Path) -> None:
 
 
 BAD: dict[str, tuple[list[str], Callable[[Path], object], str]] = {
-    "an image beside the classes": (
-        ["a/1.png", "b.png"],
-        str,
-        r"1 of them outside a class folder or not an image: \['b.png'\]",
-    ),
+    "an image beside the classes": (["a/1.png", "b.png"], str, r"1 of them outside a class folder .*: \['b.png'\]"),
     "a table of labels": (["images/1.png", "images/2.png"], write("labels.csv"), r"labels\.csv"),
     "an archive": (["a/1.png"], lambda f: shutil.make_archive(str(f / "b"), "zip", f / "a"), r"b\.zip"),
     "a note in a class": (["a/1.png"], write("a/notes.txt"), r"a/notes\.txt"),
@@ -151,6 +147,7 @@ BAD: dict[str, tuple[list[str], Callable[[Path], object], str]] = {
     "an animation": (["a/1.png"], animate, r"a/2\.gif cannot be decoded: it has 2 frames"),
     "a link in a circle": (["a/1.png"], loop, "again is a link to a folder that it is in"),
     "a link to nowhere": (["a/1.png"], forbid, "nowhere.png"),
+    "a pipe": (["a/1.png"], lambda f: os.mkfifo(f / "a" / "2.png"), r"2\.png is not a file"),  # opening it would wait
     "splits": (["train/a/1.png", "test/a/2.png"], str, "Its folders are splits: give data-path the folder train"),
     "nothing": ([], Path.mkdir, "has 0 files"),
     "only empty classes": ([], lambda f: (f / "a").mkdir(parents=True), "has 0 files"),
@@ -199,7 +196,7 @@ LETTERS = st.characters(exclude_characters="/\0", exclude_categories=("Cs", "Cc"
 NAMES = st.text(LETTERS, min_size=1, max_size=12).filter(sources.is_visible)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.lists(st.tuples(NAMES, st.lists(NAMES, max_size=2), NAMES), min_size=1, max_size=12))
 def test_the_images_used_are_the_images_made(tmp_path_factory, made):
     """Any names of classes, folders and files, at any depth."""
@@ -228,20 +225,28 @@ def data_set(root: Path, *more: str) -> Path:
     )
 
 
-def test_a_data_set_of_class_folders(tmp_path):
-    folder = data_set(tmp_path / "data")
-    found = server(folder)
-    assert (len(found), found.class_names) == (2, ["cat", "dog"])
-    assert used(found) == {4: "cat", 5: "dog"}
-
-
 @pytest.mark.parametrize("names", [("Train", "TEST"), ("train", "val"), ("train", "valid"), ("TRAIN", "Validation")])
-def test_splits_in_any_case(tmp_path, names):
+def test_a_data_set_of_class_folders_with_splits_in_any_case(tmp_path, names):
     folder = data_set(tmp_path / "data")
     for old, new in zip(("train", "test"), names, strict=True):
         (folder / old).rename(folder / f"{old}-")
         (folder / f"{old}-").rename(folder / new)
     assert used(server(folder)) == {4: "cat", 5: "dog"}
+
+
+def test_what_was_read_is_logged_and_another_image_is_other_data(tmp_path, caplog):
+    caplog.set_level("INFO", logger="flwr")
+    folder = data_set(tmp_path / "data")
+    before = server(folder).fingerprint()
+    said = "class folders; images: 2 test, 3 train; 2 classes (cat, dog); 28x28 grey"
+    assert caplog.messages == [f"📖 Read {folder}: {said}"]
+    shutil.copytree(folder, tmp_path / "elsewhere")
+    assert server(tmp_path / "elsewhere").fingerprint() == before
+    (tmp_path / "elsewhere" / "train" / "cat" / "2.png").unlink()  # a training image
+    sources.read.cache_clear()
+    assert server(tmp_path / "elsewhere").fingerprint() != before
+    node(fill(tmp_path / "own", *(f"{letter}/1.png" for letter in "abcdefghijkl")))
+    assert "class folders; images: 12 train; 12 classes (a, b, c, d, e, f, g, h, i, j, ...); 28x28 grey" in caplog.text
 
 
 def test_a_class_called_test_stays_in_its_split(tmp_path):
@@ -254,17 +259,11 @@ def test_a_class_called_test_stays_in_its_split(tmp_path):
 @pytest.mark.parametrize(
     ("names", "said"),
     [
-        (
-            ["train/1.png", "train/2.png", "test/3.png"],
-            "3 of them outside a class folder or not an image",
-        ),  # and labels in a table
+        (["train/1.png", "train/2.png", "test/3.png"], "3 of them outside a class folder or not an image"),
         (["train/a/1.png", "test/a/2.png"], "2 images and 1 classes"),
         (["train/a/1.png", "test/b/2.png"], "2 images and 2 classes"),
         (["train/a/1.png", "train/b/2.png", "train/overview.png", "test/a/3.png"], r"\['train/overview.png'\]"),
-        (
-            ["train/a/1.png", "train/b/2.png", "other/a/3.png"],
-            "Expected are only .* such as train/<class>/1.png",
-        ),
+        (["train/a/1.png", "train/b/2.png", "other/a/3.png"], "Expected are only .* such as train/<class>/1.png"),
         (["cat/1.png", "dog/2.png", "dog/3.png"], "Expected are only images"),
         (["train/a/1.png", "train/b/2.png", "valid/a/3.png", "val/a/4.png"], "Expected are only images"),
     ],
@@ -278,10 +277,8 @@ def test_class_names_are_compared_in_one_unicode_form(tmp_path):
     mac, linux = "cafe\u0301", "café"
     split = node(fill(tmp_path, f"{mac}/1.png", "tea/2.png"))["train"]
     assert sorted(split.numbered_as(["tea", linux]).labels.tolist()) == [0, 1]
-    assert images.Split(split.images, split.labels, [mac, "tea"]).numbered_as([linux, "tea"]).class_names == [
-        linux,
-        "tea",
-    ]
+    of_mac = images.Split(split.images, split.labels, [mac, "tea"])
+    assert of_mac.numbered_as([linux, "tea"]).class_names == [linux, "tea"]
 
 
 # --------------------------------------------------------------------- Tables and columns
@@ -306,13 +303,11 @@ def photos(*shades: int, **columns) -> datasets.Dataset:
     return table(features, {"photo": grey(*shades)} | {name: values for name, (_, values) in columns.items()})
 
 
-def test_columns_are_found_by_their_types(tmp_path):
-    data = server(saved(tmp_path, photos(10, 20, id=(NUMBER, [1, 2]), kind=(LABEL, [0, 1]))))
-    assert used(data) == {10: "cat", 20: "dog"}
-
-
-def test_columns_are_found_by_their_names(tmp_path):
-    """Two columns of the same type: the usual name decides, wherever it is."""
+def test_columns_are_found_by_type_and_name(tmp_path):
+    """Of two columns of the same type, the usual name decides, wherever it is."""
+    assert used(server(saved(tmp_path / "a", photos(10, 20, id=(NUMBER, [1, 2]), kind=(LABEL, [0, 1]))))) == {
+        10: "cat", 20: "dog"
+    }  # fmt: skip
     other = datasets.ClassLabel(names=["x", "y"])
     rows = table(
         {"mask": IMAGE, "image": IMAGE, "site": other, "label": LABEL},
@@ -322,33 +317,27 @@ def test_columns_are_found_by_their_names(tmp_path):
     assert used(server(tmp_path / "saved", image_column="mask", label_column="site")) == {1: "y", 2: "x"}
 
 
+GOOD_LABEL = {"label": (LABEL, [0, 1])}
+
+
 @pytest.mark.parametrize(
-    ("columns", "said"),
+    ("columns", "wanted", "said"),
     [
-        ({"a": (LABEL, [0, 1]), "b": (LABEL, [1, 0])}, r"set it to one of \['a', 'b'\]"),
-        ({"a": (TEXT, ["x", "x"]), "b": (NUMBER, [1, 1])}, r"set it to one of \['a', 'b'\]"),
-        (
-            {"mask": (IMAGE, grey(1, 2)), "label": (LABEL, [0, 1])},
-            r"set it to one of \['photo', 'mask'\]",
-        ),
-        ({"label": (datasets.Value("float64"), [0.0, 1.0])}, r"no column has the type that it needs.*float64"),
-        ({"file": (TEXT, ["1.png", "2.png"])}, "column 'file' has as many values as there are images"),
-        ({}, r"no column has the type that it needs"),
+        ({"a": (LABEL, [0, 1]), "b": (LABEL, [1, 0])}, "", r"set it to one of \['a', 'b'\]"),
+        ({"a": (TEXT, ["x", "x"]), "b": (NUMBER, [1, 1])}, "", r"set it to one of \['a', 'b'\]"),
+        ({"mask": (IMAGE, grey(1, 2)), **GOOD_LABEL}, "", r"set it to one of \['photo', 'mask'\]"),
+        ({"label": (datasets.Value("float64"), [0.0, 1.0])}, "", r"no column has the type that it needs.*float64"),
+        ({"file": (TEXT, ["1.png", "2.png"])}, "", "column 'file' has as many values as there are images"),
+        ({}, "", r"no column has the type that it needs"),
+        (GOOD_LABEL, "image_column", r"image-column is 'foo'; set it to one of \['photo'\]\. The columns are"),
+        (GOOD_LABEL, "label_column", r"label-column is 'foo'; set it to one of \['label'\]\. The columns are"),
     ],
 )
-def test_columns_are_never_guessed(tmp_path, columns, said):
+def test_columns_are_never_guessed(tmp_path, columns, wanted, said):
     rows = photos(3, 4, **columns)
     other = photos(5, file=(TEXT, ["3.png"])) if "file" in columns else rows
     with pytest.raises(UserError, match=said):
-        server(saved(tmp_path, rows, other))
-
-
-@pytest.mark.parametrize("key", ["image_column", "label_column"])
-def test_a_column_that_is_not_there_is_an_error_with_those_there_are(tmp_path, key):
-    with pytest.raises(
-        UserError, match=rf"{key.replace('_', '-')} is 'foo'; set it to one of \['.*'\]\. The columns are"
-    ):
-        server(saved(tmp_path, photos(1, 2, label=(LABEL, [0, 1]))), **{key: "foo"})
+        server(saved(tmp_path, rows, other), **({wanted: "foo"} if wanted else {}))
 
 
 @pytest.mark.parametrize(
@@ -407,12 +396,6 @@ def test_a_saved_data_set_with_files_that_would_be_left_out(tmp_path):
         shutil.rmtree(folder / more) if more == "validation" else (folder / more).unlink()
 
 
-def test_class_folders_have_no_natural_partition(tmp_path):
-    folder = fill(tmp_path, "train/a/1.png", "train/b/2.png", "test/a/3.png", "test/b/4.png")
-    with pytest.raises(UserError, match="has no tables, so it has no partition-column"):
-        images.load_test_split(typed_config(dataset=str(folder), partitioner="natural", partition_column="site"))
-
-
 def test_tables_with_files_that_would_be_left_out(tmp_path, tiny_dataset):
     shutil.copytree(tiny_dataset, tmp_path / "data")
     assert len(server(tmp_path / "data")) == 40
@@ -451,13 +434,6 @@ def test_a_configuration_on_the_hub(monkeypatch, tmp_path):
     assert asked == [("owner/name", "small"), ("owner/name",)]
 
 
-@pytest.mark.parametrize("name", ["test", "validation", "valid"])
-def test_the_test_split_may_have_another_name(tmp_path, tiny_dataset, name):
-    rows = datasets.load_dataset(tiny_dataset, split="test")
-    datasets.DatasetDict({"train": rows, name: rows.select(range(9))}).save_to_disk(tmp_path / "saved")
-    assert len(server(tmp_path / "saved")) == 9
-
-
 def test_a_missing_split_is_named_with_those_there_are(tmp_path, tiny_dataset):
     rows = datasets.load_dataset(tiny_dataset, split="test")
     datasets.DatasetDict({"train": rows}).save_to_disk(tmp_path / "a")
@@ -468,9 +444,10 @@ def test_a_missing_split_is_named_with_those_there_are(tmp_path, tiny_dataset):
         load(tmp_path / "b")
 
 
-def test_a_split_without_labels_is_not_used_for_the_central_evaluation(tmp_path):
-    hidden, shown = photos(9, 7, b=(LABEL, [-1, -1])), photos(5, b=(LABEL, [1]))
-    datasets.DatasetDict(train=shown, test=hidden, validation=shown).save_to_disk(tmp_path / "saved")
+@pytest.mark.parametrize("name", ["validation", "valid"])
+def test_a_split_without_labels_is_not_used_for_the_central_evaluation(tmp_path, name):
+    hidden, train, shown = (photos(n, b=(LABEL, [label])) for n, label in ((9, -1), (7, 0), (5, 1)))
+    datasets.DatasetDict({"train": train, "test": hidden, name: shown}).save_to_disk(tmp_path / "saved")
     assert used(server(tmp_path / "saved")) == {5: "dog"}
 
 
@@ -541,7 +518,7 @@ def test_images_of_all_splits_get_the_same_format(tmp_path, train, test, shape):
         assert [image.unique().tolist() for image in data.images] == [[9], [7], [255]]
 
 
-@pytest.mark.parametrize("size", [16, 64, 512])
+@pytest.mark.parametrize("size", [16, 512])
 def test_the_size_that_is_asked_for(tmp_path, size):
     data = server(data_set(tmp_path / "data"), image_size=size)
     assert data.images.shape == (2, 1, size, size)
@@ -592,7 +569,7 @@ def test_transparency_is_laid_on_white(mode):
     assert (values[:, 14:] == 255).all()
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("orientation", [1, 6])
 def test_a_photo_is_turned_upright(tmp_path, orientation):
     from PIL import ImageOps
 
@@ -638,65 +615,66 @@ def test_images_are_decoded_once_a_machine_with_progress(tmp_path, monkeypatch, 
     assert used(node(folder)["train"]) == {99: "a", 2: "b"}
 
 
-def test_a_changed_conversion_of_images_is_not_taken_from_the_cache(tmp_path, monkeypatch):
-    folder = saved(tmp_path, photos(9, 7, b=(LABEL, [0, 1])))
-    source, shape = images.opened(typed_config(dataset=folder))
-    assert sorted(np.unique(pixels.decoded(source, "test", shape))) == [7, 9]
+@pytest.fixture
+def cached(tmp_path, monkeypatch) -> SimpleNamespace:
+    """Images with the shades 9 and 7, and a cache of their own; `read` reads them as another process would."""
+    monkeypatch.setattr(pixels, "cache_folder", lambda: tmp_path / "cache")
+    source, shape = images.opened(typed_config(dataset=saved(tmp_path, photos(9, 7, b=(LABEL, [0, 1])))))
+
+    def read(module=pixels) -> list[int]:
+        module.decoded.cache_clear()
+        return module.decoded(source, "test", shape)[:, 0, 0, 0].tolist()
+
+    return SimpleNamespace(folder=tmp_path / "cache", source=source, shape=shape, read=read)
+
+
+def test_a_changed_conversion_of_images_is_not_taken_from_the_cache(cached, tmp_path, monkeypatch):
+    assert cached.read() == [9, 7]
     text = Path(pixels.__file__).read_text()
     inverted = text.replace("return np.asarray(image)", "return 255 - np.asarray(image)")
     assert inverted != text
     (tmp_path / "pixels.py").write_text(inverted)
     changed = load_module(tmp_path / "pixels.py", "changed_pixels", monkeypatch)
-    assert sorted(np.unique(changed.decoded(source, "test", shape))) == [246, 248]
-
-
-def test_without_a_cache_that_can_be_written_images_are_decoded_in_memory(tmp_path, monkeypatch, caplog):
-    (tmp_path / "file").touch()
-    monkeypatch.setattr(pixels, "cache_folder", lambda: tmp_path / "file" / "cache")
-    assert used(*node(fill(tmp_path / "data", "a/1.png", "b/2.png")).values()) == {1: "a", 2: "b"}
-    assert "cannot be kept in" in caplog.text
+    monkeypatch.setattr(changed, "cache_folder", lambda: cached.folder)
+    assert cached.read(changed) == [246, 248]
 
 
 @pytest.mark.parametrize("damage", [b"", b"\0" * 200, "cut"])
-def test_a_damaged_file_of_the_cache_is_made_again(tmp_path, monkeypatch, damage):
-    monkeypatch.setattr(pixels, "cache_folder", lambda: tmp_path / "cache")
-    source, shape = images.opened(typed_config(dataset=saved(tmp_path, photos(9, 7, b=(LABEL, [0, 1])))))
-    whole = np.array(pixels.decoded(source, "test", shape))
-    for path in (tmp_path / "cache").glob("*.npy"):
+def test_a_damaged_file_of_the_cache_is_made_again(cached, damage):
+    assert cached.read() == [9, 7]
+    for path in cached.folder.glob("*.npy"):
         path.write_bytes(path.read_bytes()[:-1] if damage == "cut" else damage)
-    for path in (tmp_path / "cache").glob("*.json"):
+    for path in cached.folder.glob("*.json"):
         path.write_text("3")
-    pixels.decoded.cache_clear()
-    assert np.array_equal(pixels.decoded(source, "test", shape), whole)
-    assert pixels.common_shape(source, 0) == shape
+    assert cached.read() == [9, 7]
+    assert pixels.common_shape(cached.source, 0) == cached.shape
 
 
-def test_a_disk_that_is_full_keeps_nothing_of_the_cache(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(pixels, "cache_folder", lambda: tmp_path / "cache")
-    source, shape = images.opened(typed_config(dataset=saved(tmp_path, photos(9, 7, b=(LABEL, [0, 1])))))
-
+def test_without_a_cache_that_can_be_written_images_are_decoded_in_memory(cached, monkeypatch, caplog):
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pixels.os, "fsync", full)
-    assert len(pixels.decoded(source, "test", shape)) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(pixels.os, "fsync", full)
+        assert cached.read() == [9, 7]
     assert "No space left" in caplog.text
-    assert not list((tmp_path / "cache").glob("*.part"))
+    assert not list(cached.folder.glob("*.part"))
+    (cached.folder / "file").touch()
+    monkeypatch.setattr(pixels, "cache_folder", lambda: cached.folder / "file" / "below")
+    assert cached.read() == [9, 7]
+    assert f"cannot be kept in {cached.folder / 'file' / 'below'}: " in caplog.text
 
 
-def test_without_the_lock_the_half_written_file_of_another_process_stays(tmp_path, monkeypatch):
-    monkeypatch.setattr(pixels, "cache_folder", lambda: tmp_path / "cache")
-    source, shape = images.opened(typed_config(dataset=saved(tmp_path, photos(9, 7, b=(LABEL, [0, 1])))))
-    pixels.decoded(source, "test", shape)
-    (made,) = (tmp_path / "cache").glob("*.npy")
+def test_without_the_lock_the_half_written_file_of_another_process_stays(cached, monkeypatch):
+    cached.read()
+    (made,) = cached.folder.glob("*.npy")
     theirs = made.rename(made.with_suffix(".part"))
-    pixels.decoded.cache_clear()
 
     def denied(path: Path) -> None:
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(pixels, "FileLock", denied)
-    assert len(pixels.decoded(source, "test", shape)) == 2  # in memory
+    assert cached.read() == [9, 7]  # in memory
     assert theirs.exists()
 
 
@@ -723,14 +701,6 @@ def test_files_that_keep_their_size_and_time_are_read_again(tmp_path):
     assert reread(tables) == {3: "cat", 4: "dog", 5: "dog"}
 
 
-def test_a_table_without_a_column_of_images_says_so(tmp_path):
-    table({"image": datasets.Value("binary"), "label": LABEL}, {"image": [b"1", b"2"], "label": [0, 1]}).to_parquet(
-        tmp_path / "train.parquet"
-    )
-    with pytest.raises(UserError, match=r"image-column is ''; no column has the type that it needs\. The columns"):
-        node(tmp_path)
-
-
 def test_tables_with_other_names_of_the_classes_are_refused(tmp_path):
     """`datasets` would read the numbers of both with the names of the first."""
     other = datasets.ClassLabel(names=["dog", "eel"])
@@ -755,33 +725,6 @@ def test_a_label_beyond_the_classes_is_named():
     rows = datasets.Dataset.from_dict({"image": [None] * 3, "label": [0, 5, 1]})
     with pytest.raises(UserError, match="image number 1 of train has the label 5, and there are 2 classes"):
         sources.labels_of(sources.Source("", {"train": rows}, BINARY), "train")
-
-
-def test_a_pipe_among_the_images_is_refused_without_waiting_for_it(tmp_path):
-    folder = fill(tmp_path / "own", "a/1.png", "b/1.png")
-    os.mkfifo(folder / "a" / "2.png")
-    with pytest.raises(UserError, match=r"2\.png is not a file"):
-        node(folder)
-
-
-def test_what_was_read_is_logged(tmp_path, caplog):
-    caplog.set_level("INFO", logger="flwr")
-    server(data_set(tmp_path / "data"))
-    said = "class folders; images: 2 test, 3 train; 2 classes (cat, dog); 28x28 grey"
-    assert caplog.messages == [f"📖 Read {tmp_path / 'data'}: {said}"]
-    caplog.clear()
-    node(fill(tmp_path / "own", *(f"{letter}/1.png" for letter in "abcdefghijkl")))
-    assert "class folders; images: 12 train; 12 classes (a, b, c, d, e, f, g, h, i, j, ...); 28x28 grey" in caplog.text
-
-
-def test_the_fingerprint_is_that_of_the_content(tmp_path):
-    folder = data_set(tmp_path / "data")
-    before = server(folder).fingerprint()
-    shutil.copytree(folder, tmp_path / "elsewhere")
-    assert server(tmp_path / "elsewhere").fingerprint() == before
-    (tmp_path / "elsewhere" / "train" / "cat" / "2.png").unlink()
-    sources.read.cache_clear()
-    assert server(tmp_path / "elsewhere").fingerprint() != before  # a training image is gone
 
 
 # ------------------------------------------------------------------------------ Partitions
@@ -842,48 +785,44 @@ def test_each_node_has_the_number_of_classes_asked_for(tiny_dataset):
     assert set.union(*classes) == set(range(10))
 
 
-def sites(folder: Path) -> str:
-    where = ["south", "north"] * 6 + ["east"] * 5
-    rows = photos(*range(1, 18), label=(LABEL, [0, 1, 1] * 5 + [0, 1]), hospital=(TEXT, where))
-    return saved(folder, rows)
-
-
-def test_other_sites_of_the_same_images_are_other_data(tmp_path):
-    def fingerprint(folder: str, where: list[str]) -> str:
-        rows = photos(*range(1, 13), label=(LABEL, [0, 1] * 6), hospital=(TEXT, where))
-        path = saved(tmp_path / folder, rows)
-        return server(path, partitioner="natural", partition_column="hospital").fingerprint()
-
-    assert fingerprint("a", ["x", "y"] * 6) == fingerprint("b", ["x", "y"] * 6) != fingerprint("c", ["y", "x"] * 6)
-
-
 def test_a_site_is_a_node(tmp_path):
-    folder, how = sites(tmp_path), {"how": "natural", "partition_column": "hospital"}
-    found = [sorted(used(*load(folder, number, 3, **how).values())) for number in range(3)]
+    def sites(name: str, *where: str) -> str:
+        rows = photos(*range(1, 18), label=(LABEL, [0, 1, 1] * 5 + [0, 1]), hospital=(TEXT, where))
+        return saved(tmp_path / name, rows)
+
+    folder, how = sites("a", *["south", "north"] * 6, *["east"] * 5), {"partition_column": "hospital"}
+    found = [sorted(used(*load(folder, number, 3, "natural", **how).values())) for number in range(3)]
     assert found == [[13, 14, 15, 16, 17], [2, 4, 6, 8, 10, 12], [1, 3, 5, 7, 9, 11]]  # east, north, south
-    data = server(folder, partitioner="natural", partition_column="hospital")
+    data = server(folder, partitioner="natural", **how)
     assert data.node_names == ["east", "north", "south"]
+    other = server(sites("b", *["north", "south"] * 6, *["east"] * 5), partitioner="natural", **how)
+    assert torch.equal(data.images, other.images)
+    assert data.fingerprint() != other.fingerprint()
     with pytest.raises(UserError, match=r"the data is that of 3 nodes \(east, north, south\), not of 2"):
-        load(folder, 0, 2, **how)
-    with pytest.raises(
-        UserError, match=r"there is no partition-column 'ward'; the columns are \['photo', 'label', 'hos"
-    ):
-        load(folder, 0, 3, how="natural", partition_column="ward")
+        load(folder, 0, 2, "natural", **how)
+    with pytest.raises(UserError, match=r"no partition-column 'ward'; the columns are \['photo', 'label', 'hos"):
+        load(folder, 0, 3, "natural", partition_column="ward")
+    with pytest.raises(UserError, match="has no tables, so it has no partition-column"):
+        server(data_set(tmp_path / "folders"), partitioner="natural", **how)
 
 
-def test_partitions_that_cannot_be_are_refused(tiny_dataset):
-    with pytest.raises(UserError, match=r"4 nodes with classes-per-node=2 cannot hold all 10 classes; use more"):
-        load(tiny_dataset, 0, 4, how="pathological", classes_per_node=2)
-    for how in ("iid", "dirichlet"):
-        with pytest.raises(UserError, match=r"partition-id is 5; allowed are 0 to 3"):
-            load(tiny_dataset, 5, 4, how=how)
-
-
-def test_more_nodes_than_images_is_an_error_with_both_numbers(tiny_dataset):
-    for how in ("iid", "dirichlet"):
-        with pytest.raises(UserError, match=r"120 training images are too few for 25 nodes \(5 each\)"):
-            load(tiny_dataset, 3, 25, how)
-    assert len(load(tiny_dataset, 3, 24, "iid")["train"]) == 4
+@pytest.mark.parametrize(
+    ("how", "partition", "of", "said"),
+    [
+        ("pathological", 0, 4, r"4 nodes with classes-per-node=2 cannot hold all 10 classes; use more"),
+        ("iid", 5, 4, r"partition-id is 5; allowed are 0 to 3"),
+        ("dirichlet", 4, 4, r"partition-id is 4; allowed are 0 to 3"),
+        ("iid", 3, 25, r"120 training images are too few for 25 nodes \(5 each\)"),
+        ("dirichlet", 3, 25, r"120 training images are too few for 25 nodes \(5 each\)"),
+        ("iid", 3, 24, None),
+    ],
+)
+def test_partitions_that_cannot_be_are_refused(tiny_dataset, how, partition, of, said):
+    if said is None:
+        assert len(load(tiny_dataset, partition, of, how)["train"]) == 4
+        return
+    with pytest.raises(UserError, match=said):
+        load(tiny_dataset, partition, of, how, classes_per_node=2)
 
 
 def test_labels_are_renumbered_by_the_names_of_the_classes():
