@@ -28,6 +28,14 @@ def rule(name: str, *pairs: tuple[float, float], like: dict[str, torch.Tensor] =
 RULES = ["median", "trimmed-mean", "multi-krum", "norm-clipping"]
 
 
+def test_the_median_is_that_of_each_number():
+    pairs = (1.0, 9.0), (2.0, 8.0), (1e30, -1e30)
+    assert rule("median", *pairs) == [2.0, 8.0]
+    assert rule("median", (9.0, 0.0), (1.0, 0.0), (3.0, 0.0), (2.0, 0.0)) == [2.5, 0.0]  # of the two in the middle
+    counters = [({"n": torch.tensor(number)}, 1) for number in (1, 2, 5, 9)]
+    assert changed_app("median").server_app.weighted_mean(counters, {"n": torch.tensor(0)})["n"].item() == 4
+
+
 def test_the_trimmed_mean_leaves_out_both_ends_of_each_number():
     # Of five models, one is cut at each end: 2, 3, 4 and 1, 2, 30 are left.
     pairs = (100.0, 1.0), (2.0, 2.0), (3.0, 30.0), (4.0, -5.0), (-100.0, 40.0)

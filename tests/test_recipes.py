@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -99,10 +100,9 @@ def test_another_model_trains(try_out, recipe, count):
     net = app.task.make_model(FACTS)
     assert sum(p.numel() for p in net.parameters()) == pytest.approx(count, rel=0.01)
     assert net(torch.rand(2, 1, 28, 28)).shape == (2, 10)
-    assert app.task.make_model({"image-shape": [3, 32, 32], "class-names": list("abcdefg")})(
-        torch.rand(2, 3, 32, 32)
-    ).shape == (2, 7)
-    done = try_out(app, num_server_rounds=1, fraction_clients_train=0.4, learning_rate=0.01)
+    colour = app.task.make_model({"image-shape": [3, 32, 32], "class-names": list("abcdefg")})
+    assert colour(torch.rand(2, 3, 32, 32)).shape == (2, 7)
+    done = try_out(app, num_server_rounds=1, fraction_clients_train=0.4, learning_rate=0.01, opt_in_probability=0.0)
     assert done.rows[1]["train_received"] == 2
     assert not same_bits(done.model, app.task.initial_model(FACTS, 42).state_dict())
     if recipe == "resnet18":  # BatchNorm's counters are whole numbers
@@ -113,24 +113,26 @@ def test_another_model_trains(try_out, recipe, count):
 # ------------------------------------------------------------------------- 2. Your own images
 
 
+NAMES = ["ant", "bee", "cat"]
+
+
 @pytest.fixture
 def animals(tmp_path) -> Path:
-    """Folders of images whose grey level depends on the class."""
+    """Folders of colour images, of which a part that depends on the class is dark."""
     from PIL import Image
 
     rng = np.random.default_rng(0)
-    levels = {"ant": 40, "bee": 120, "cat": 200}
 
     def fill(folder: Path, names: list[str], count: int) -> None:
         for name in names:
             (folder / name).mkdir(parents=True)
             for number in range(count):
-                pixels = rng.normal(128, 5, (28, 28)).clip(0, 255)
-                pixels[: 7 * (1 + list(levels).index(name) if name in levels else 1)] = 20
+                pixels = rng.normal(128, 5, (32, 32, 3)).clip(0, 255)
+                pixels[: 7 * (1 + NAMES.index(name))] = 20
                 Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{number}.png")
 
-    fill(tmp_path / "animals" / "train", list(levels), 20)
-    fill(tmp_path / "animals" / "test", list(levels), 5)
+    fill(tmp_path / "animals" / "train", NAMES, 20)
+    fill(tmp_path / "animals" / "test", NAMES, 5)
     fill(tmp_path / "node", ["cat", "bee"], 10)  # no ants
     return tmp_path
 
@@ -167,14 +169,13 @@ def test_a_table_of_paths_and_labels(try_out, animals, kind, monkeypatch):
     done = try_out(app, grid, dataset=str(animals / "table"), **settings, **how)
     nodes = [json.loads(line) for line in (done.directory / "node_results.jsonl").read_text().splitlines()]
     assert [node["node"] for node in nodes] == ["north", "south"]
-    assert json.loads((done.directory / "run_config.json").read_text())["class-names"] == ["ant", "bee", "cat"]
+    about = json.loads((done.directory / "run_config.json").read_text())
+    assert (about["class-names"], about["image-shape"]) == (NAMES, [3, 32, 32])
     assert done.rows[1]["train_received"] == 2
 
 
 def block(recipe: str) -> str:
     """The code of a recipe that changes no file."""
-    import re
-
     return re.search(rf"<!-- {recipe}: -->\n```python\n(.*?)```", TEXT, re.DOTALL).group(1)
 
 
@@ -212,13 +213,13 @@ def test_momentum_on_the_server_by_hand():
 @pytest.mark.parametrize("recipes", [("fedavgm",), ("fedavgm", "fedadam")])
 def test_the_server_optimizer_survives_a_resume(try_out, tmp_path, monkeypatch, recipes):
     app = changed_app(*recipes)
-    whole = try_out(app, num_server_rounds=4)
-    again = resumed(app, try_out, tmp_path, monkeypatch, after=2, num_server_rounds=4)
+    whole = try_out(app, num_server_rounds=3)
+    again = resumed(app, try_out, tmp_path, monkeypatch, after=2, num_server_rounds=3)
     assert same_bits(again.model, whole.model)
     assert untimed(again.rows) == untimed(whole.rows)
     checkpoint = torch.load(again.directory / "checkpoints" / "last.pt", weights_only=True)
     assert len(checkpoint["optimizer"]["state"]) == len(whole.model)
-    assert not same_bits(whole.model, try_out(changed_app(), num_server_rounds=4).model)
+    assert not same_bits(whole.model, try_out(changed_app(), num_server_rounds=3).model)
 
 
 # ------------------------------------------------------------------------------ 5. FedProx
@@ -226,15 +227,16 @@ def test_the_server_optimizer_survives_a_resume(try_out, tmp_path, monkeypatch, 
 
 def test_the_proximal_term_keeps_a_model_near_its_start(try_out):
     app, start = changed_app("fedprox"), changed_app().task.initial_model(FACTS, 42).state_dict()
-    plain = try_out(changed_app(), num_server_rounds=1, local_epochs=5)
+    settings = {"num_server_rounds": 1, "local_epochs": 3, "opt_in_probability": 0.0}
+    plain = try_out(changed_app(), **settings)
     drifts = []
-    for mu in (0.0, 1.0, 10.0):
-        done = try_out(app, num_server_rounds=1, local_epochs=5, proximal_mu=mu)
+    for mu in (0.0, 10.0):
+        done = try_out(app, **settings, proximal_mu=mu)
         drifts.append(sum((done.model[name] - start[name]).square().sum().item() for name in start))
         if mu == 0.0:
             assert same_bits(done.model, plain.model)
             assert done.rows[1]["train_loss"] == plain.rows[1]["train_loss"]
-    assert drifts[0] > drifts[1] > drifts[2]
+    assert drifts[0] > drifts[1]
 
 
 # ---------------------------------------------------------------------- 6. The first K of N
@@ -322,11 +324,11 @@ def test_epsilon_is_that_of_the_accountant_after_a_resume_too(try_out, tmp_path,
     from dp_accounting.rdp import RdpAccountant
 
     app = changed_app("dp")
-    settings = {"num_server_rounds": 4, "noise_multiplier": 2.0}
-    again = resumed(app, try_out, tmp_path, monkeypatch, after=2, **settings)
+    settings = {"num_server_rounds": 2, "noise_multiplier": 2.0}
+    again = resumed(app, try_out, tmp_path, monkeypatch, after=1, **settings)
     accountant = RdpAccountant(neighboring_relation=NeighboringRelation.REPLACE_ONE)
     expected = []
-    for _ in range(4):
+    for _ in range(2):
         accountant.compose(SampledWithoutReplacementDpEvent(5, 3, GaussianDpEvent(2.0)))
         expected.append(accountant.get_epsilon(1e-3))
     assert [row["epsilon"] for row in again.rows] == [None, *map(pytest.approx, expected)]
@@ -350,7 +352,7 @@ def test_a_bfloat16_model_trains(try_out, recipes):
             return self.net(x.bfloat16()).float()
 
     app.task.make_model = Half
-    done = try_out(app)
+    done = try_out(app, opt_in_probability=0.0)
     assert [row["train_received"] for row in done.rows[1:]] == [3, 3]
     assert {tensor.dtype for tensor in done.model.values()} == {torch.bfloat16}
     start = app.task.initial_model(FACTS, 42).state_dict()
@@ -362,7 +364,7 @@ def test_a_bfloat16_model_trains(try_out, recipes):
 
 def test_each_node_keeps_a_head_of_its_own(try_out):
     app = changed_app("personal-head")
-    settings = {"num_server_rounds": 3, "fraction_clients_train": 1.0, "opt_in_probability": 1.0}
+    settings = {"fraction_clients_train": 1.0, "opt_in_probability": 1.0}
     done = try_out(app, **settings)
     plain = try_out(changed_app(), **settings)
     assert same_bits(done.model, plain.model)  # the global model knows nothing of the heads
@@ -416,8 +418,8 @@ def test_nodes_by_name(try_out, monkeypatch):
         return nodes
 
     monkeypatch.setattr(grid, "get_nodes", named)
-    done = try_out(app, grid, fraction_clients_train=1.0)
-    assert trained(done.grid) == {"1": [1, 3, 4], "2": [1, 3, 4]}
+    done = try_out(app, grid, num_server_rounds=1, fraction_clients_train=1.0)
+    assert trained(done.grid) == {"1": [1, 3, 4]}
 
 
 def test_nodes_by_their_configuration(try_out):
@@ -426,8 +428,8 @@ def test_nodes_by_their_configuration(try_out):
     for context in grid.contexts.values():
         if grid.partition(context.node_id) in (0, 3):
             context.node_config["site"] = "north"
-    done = try_out(app, grid, fraction_clients_train=1.0)
-    assert trained(done.grid) == {"1": [0, 3], "2": [0, 3]}
+    done = try_out(app, grid, num_server_rounds=1, fraction_clients_train=1.0)
+    assert trained(done.grid) == {"1": [0, 3]}
 
 
 # --------------------------------------- 12. Optimizer, setting, metric, rate for each node
@@ -435,7 +437,7 @@ def test_nodes_by_their_configuration(try_out):
 
 def test_another_optimizer_with_its_setting(try_out):
     app = changed_app("adamw")
-    models = [try_out(app, weight_decay=decay).model for decay in (0.0, 1.0)]
+    models = [try_out(app, num_server_rounds=1, weight_decay=decay).model for decay in (0.0, 1.0)]
     norms = [sum(tensor.square().sum().item() for tensor in model.values()) for model in models]
     assert norms[0] > norms[1]
     assert app.defaults["learning-rate"] == 0.001
@@ -487,30 +489,17 @@ def test_f1_auc_and_the_confusion_matrix_by_hand(try_out):
 
 
 def test_a_learning_rate_that_differs_by_node(try_out):
-    app = changed_app("lr-scale")
-    plain = try_out(changed_app(), fraction_clients_train=1.0)
+    app, plain = changed_app("lr-scale"), changed_app()
+    settings = {"num_server_rounds": 1, "opt_in_probability": 0.0}
     halved = InProcessGrid(app.client_app.app, {}, 5)
     for context in halved.contexts.values():
         context.node_config["lr-scale"] = 0.5
-    done = try_out(app, halved, fraction_clients_train=1.0)
-    assert same_bits(try_out(app, fraction_clients_train=1.0).model, plain.model)
-    assert same_bits(done.model, try_out(changed_app(), fraction_clients_train=1.0, learning_rate=0.025).model)
+    assert same_bits(try_out(app, **settings).model, try_out(plain, **settings).model)
+    slow = try_out(plain, **settings, learning_rate=0.025)
+    assert same_bits(try_out(app, halved, **settings).model, slow.model)
 
 
 # ------------------------------------------------------- 13. to 15. The round's own parts
-
-
-def test_a_median_instead_of_a_mean(try_out):
-    app = changed_app("median")
-    like = {"w": torch.zeros(2)}
-    updates = [({"w": torch.tensor(v)}, 1) for v in ([1.0, 9.0], [2.0, 8.0], [1e30, -1e30])]
-    assert app.server_app.weighted_mean(updates, like)["w"].tolist() == [2.0, 8.0]
-    four = [({"w": torch.tensor([v, 0.0])}, 1) for v in (9.0, 1.0, 3.0, 2.0)]
-    assert app.server_app.weighted_mean(four, like)["w"].tolist() == [2.5, 0.0]  # the mean of the two in the middle
-    counters = [({"n": torch.tensor(v)}, 1) for v in (1, 2, 5, 9)]
-    assert app.server_app.weighted_mean(counters, {"n": torch.tensor(0)})["n"].tolist() == 4
-    assert app.server_app.weighted_mean([], like) is None
-    assert not same_bits(try_out(app).model, try_out(changed_app()).model)
 
 
 def test_nodes_take_turns(try_out):
@@ -570,10 +559,10 @@ def test_the_next_character_is_learned(try_out, tmp_path):
     texts = [path for path in sources.glob("*.py") if path.name != "config.py" and path.stat().st_size > 1000]
     grid = InProcessGrid(app.client_app.app, {}, len(texts))
     settings = {"fraction_clients_train": 1.0, "opt_in_probability": 1.0, "text_folder": str(sources)}
-    done = try_out(app, grid, num_server_rounds=3, **settings)
+    done = try_out(app, grid, num_server_rounds=1, **settings)
     losses = [row["centralized_loss"] for row in done.rows]
     assert losses[0] == pytest.approx(math.log(256), rel=0.05)
-    assert losses[-1] < 3.2
+    assert losses[-1] < 4
     assert done.rows[-1]["centralized_negative_loss"] == -losses[-1]
     assert '"node": "messaging.py"' in (done.directory / "node_results.jsonl").read_text()
     with pytest.raises(Exception, match=f"split for {len(texts)} simulated nodes, and now there are 5"):
@@ -628,9 +617,8 @@ def test_every_recipe_has_a_test():
 def test_a_recipe_is_a_few_lines(recipe):
     code = [line for block in RECIPES[recipe] for line in block.text.splitlines()]
     changed = [line for line in code if line.strip() and line[0] not in "-@"]
-    assert len(changed) <= {"tabular": 120, "text": 120, "resnet18": 6, "transformer": 6, "secure-sum": 240}.get(
-        recipe, 50
-    )
+    limits = {"tabular": 120, "text": 120, "resnet18": 6, "transformer": 6, "secure-sum": 240}
+    assert len(changed) <= limits.get(recipe, 50)
     assert max(map(len, code)) <= 121  # a line of the app, and a sign
 
 

@@ -91,7 +91,7 @@ def by_hand(cohorts: list[list[int]], resumed_after: int = 0) -> tuple[float, fl
 @pytest.mark.parametrize("fraction", [1.0, 0.5])
 def test_it_is_the_algorithm_of_the_paper(app, try_out, fraction):
     grid = InProcessGrid(app.client_app.app, {}, 4)
-    done = try_out(app, grid, fraction_clients_train=fraction, num_server_rounds=120, **SETTINGS)
+    done = try_out(app, grid, fraction_clients_train=fraction, num_server_rounds=20, **SETTINGS)
     cohorts = list(trained(grid).values())
     assert {len(cohort) for cohort in cohorts} == {4 * fraction}
     x, _ = by_hand(cohorts)
@@ -99,7 +99,8 @@ def test_it_is_the_algorithm_of_the_paper(app, try_out, fraction):
     last = [m for m in grid.sent if m.metadata.message_type == "train"][-1]  # it has c before the last round
     before = by_hand(cohorts[:-1])[1]
     assert last.content["arrays"]["control/w"].numpy().item() == pytest.approx(before, abs=1e-5)
-    # The minimum of the sum of all losses, which FedAvg with three steps misses.
+    # In the end, it is at the minimum of the sum of all losses, which FedAvg with three steps misses.
+    x, _ = by_hand(cohorts * 10)
     assert x == pytest.approx((CURVATURE * MINIMUM).sum() / CURVATURE.sum(), abs=1e-3)
 
 
@@ -112,9 +113,9 @@ def test_a_resumed_run_keeps_the_server_s_variate_and_the_nodes_begin_there(app,
     more = {"fraction_clients_train": 0.5, **SETTINGS}
     grids = [InProcessGrid(app.client_app.app, {}, 4) for _ in range(2)]
     done = try_out(app, grids[0], num_server_rounds=5, **more)
-    done = try_out(app, grids[1], num_server_rounds=60, resume_from=str(done.directory), **more)
+    done = try_out(app, grids[1], num_server_rounds=20, resume_from=str(done.directory), **more)
     cohorts = [list(trained(grid).values()) for grid in grids]
-    assert [len(rounds) for rounds in cohorts] == [5, 55]
+    assert [len(rounds) for rounds in cohorts] == [5, 15]
     x, _ = by_hand(cohorts[0] + cohorts[1], resumed_after=5)
     assert done.model["w"].item() == pytest.approx(x, abs=1e-5)
     last = [m for m in grids[1].sent if m.metadata.message_type == "train"][-1]

@@ -100,7 +100,7 @@ def test_the_sum_is_the_plain_sum(one_round, plain):
 
 @pytest.mark.parametrize("phase", PHASES)
 def test_the_sum_is_that_of_the_nodes_that_replied(app, tiny_dataset, plain, phase):
-    for missing in ({0}, {1}, {2}, {3}, {4}, {0, 1}, {1, 3}, {2, 4}):
+    for missing in ({0}, {3}, {4}, {1, 3}):
         one_round = Round(app, tiny_dataset)
         one_round.without(missing, phase)
         batch, model, _ = one_round.run()
