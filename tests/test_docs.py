@@ -9,17 +9,18 @@ import sys
 import tomllib
 from importlib.metadata import entry_points
 from operator import attrgetter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import yaml
+from flwr.app import Message, RecordDict
 from PIL import Image
 
-from benchmarks.simulation import LocalSuperLink
 from deploy.keys import make_certificates, make_node_key
-from pytorch_example_low_level import __version__, figures, images, messaging, server_app, utils
+from pytorch_example_low_level import __version__, config, figures, images, messaging, server_app, utils
 from pytorch_example_low_level.config import OPERATIONAL, RunConfig, UserError
-from tests.conftest import results
+from tests.conftest import App, results
 from tests.grid import PROJECT, make_context, typed_config
 
 PAGES = {
@@ -115,16 +116,36 @@ def test_the_names_that_the_readme_says_to_edit_exist():
                 attrgetter(name)(module)  # raises if it is not there
 
 
+@pytest.fixture(scope="module")
+def finished(tiny_dataset, tmp_path_factory) -> SimpleNamespace:
+    """A run of two rounds in which all nodes take part: its directory, its log, its Grid, and the nodes' replies."""
+    lines: list[str] = []
+    replies: dict[str, RecordDict] = {}
+    app = App(tiny_dataset, tmp_path_factory.mktemp("finished"))
+    grid = app.grid()
+    real = grid.client_app
+
+    def watch(message: Message, context) -> Message:
+        reply = real(message, context)
+        replies[f"← {message.metadata.message_type.upper()}"] = reply.content
+        return reply
+
+    grid.client_app = watch
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config.log, "handle", lambda record: lines.append(record.getMessage()))
+        patch.setattr(config.log, "isEnabledFor", lambda level: level >= logging.INFO)
+        directory = app.run(grid, fraction_clients_train=1.0, opt_in_probability=1.0)
+    return SimpleNamespace(directory=directory, log=lines, grid=grid, replies=replies)
+
+
 def shape(line: str) -> str:
     """A line of the log with its numbers, paths and ids replaced."""
     line = re.sub(r"(?<=: )/\S+|(?<=sync )/\S+|(?<=in )/\S+", "PATH", line)
     return re.sub(r"\d[\d.:+a-z]*", "N", line).replace("   ", " ").strip()
 
 
-def test_the_log_in_the_readme_is_one(app, caplog):
-    with caplog.at_level(logging.INFO, logger="flwr"):
-        app.run(num_server_rounds=2, opt_in_probability=1.0)
-    logged = [shape(record.getMessage()) for record in caplog.records]
+def test_the_log_in_the_readme_is_one(finished):
+    logged = [shape(line) for line in finished.log]
     block = re.search(r"<!-- log -->\n```\n(.*?)```", README, re.DOTALL).group(1)
     lines = [line.removeprefix("INFO :").strip() for line in block.splitlines() if line != "..."]
     source = (PROJECT / "pytorch_example_low_level" / "utils.py").read_text()
@@ -141,8 +162,8 @@ def test_the_log_in_the_readme_is_one(app, caplog):
         position = logged.index(line, position) + 1
 
 
-def test_the_snippet_classifies_image_files(app, tiny_dataset, tmp_path, monkeypatch):
-    directory = app.run(num_server_rounds=3, fraction_clients_train=1.0)
+def test_the_snippet_classifies_image_files(finished, tiny_dataset, tmp_path, monkeypatch):
+    directory = finished.directory
     info = json.loads((directory / "run_config.json").read_text())
     split = images.load_test_split(typed_config(dataset=tiny_dataset))
     files = []
@@ -204,8 +225,8 @@ def test_the_keys_of_results_json_are_listed_in_order():
     assert [key for row in rows for key in re.findall(r"`(\w+)`", row[0])] == keys
 
 
-def test_the_files_of_a_run_are_listed(app):
-    directory = app.run()
+def test_the_files_of_a_run_are_listed(finished):
+    directory = finished.directory
     rows = table(section(REFERENCE, "## The run directory").split("### results.json")[0])
     listed = {name for row in rows for name in re.findall(r"`([^`]+)`", row[0])}
     found = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
@@ -215,17 +236,8 @@ def test_the_files_of_a_run_are_listed(app):
     assert info["versions"].keys() == {"flwr", "flwr-datasets", "torch", "numpy", "python", "app"}
 
 
-def test_the_table_of_messages_is_that_of_a_run(app):
-    grid = app.grid()
-    answers = []
-    for partition in range(5):
-        grid.handlers[partition] = lambda message, context: (
-            answers.append((message.metadata.message_type, reply := app_of(message, context))) or reply
-        )
-    app_of = grid.client_app
-    app.run(grid, num_server_rounds=1, opt_in_probability=1.0)
-    seen = {f"{m.metadata.message_type.upper()} →": m.content for m in grid.sent}
-    seen |= {f"← {kind.upper()}": reply.content for kind, reply in answers}
+def test_the_table_of_messages_is_that_of_a_run(finished):
+    seen = {f"{m.metadata.message_type.upper()} →": m.content for m in finished.grid.sent} | finished.replies
     rows = table(section(REFERENCE, "## Messages"))[2:]
     assert {row[0] for row in rows} == seen.keys()
     for kind, records, contents in rows:
@@ -355,18 +367,6 @@ CI = re.search(r"<!-- example: ci -->\n```shell\n(.*?)```", TROUBLESHOOTING, re.
 
 @pytest.mark.parametrize(("status", "code"), [("finished:completed", 0), ("finished:failed", 1)])
 def test_the_commands_for_ci_fail_if_the_run_has_failed(status, code):
-    """test_e2e.py has a run that Flower calls failed."""
+    """test_e2e.py runs them with the app."""
     flwr = f"""flwr() {{ echo '"run-id": "7", "status": "{status}"'; }}\n"""
     assert subprocess.run(["sh", "-c", flwr + CI], capture_output=True, check=False).returncode == code
-
-
-@pytest.mark.e2e
-def test_the_commands_for_ci_run_the_app(tmp_path):
-    with LocalSuperLink(tmp_path / "home") as link:
-        env = link.flwr.env
-        done = subprocess.run(["sh", "-c", CI], cwd=PROJECT, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "num-supernodes=50" in done.stdout  # the defaults say how to simulate so many
-    assert "W&B is offline" in done.stdout
-    (final_model,) = (tmp_path / "home" / "outputs").glob("*/*/final_model.pt")
-    assert results(final_model.parent)[1]["nodes_available"] == 2
