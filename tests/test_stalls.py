@@ -19,12 +19,16 @@ class StallingGrid(TimedGrid):
         self.simulated = False
         self.stalled = stalled
         self.released = threading.Event()
+        self.at_once = self.most = 0  # stalled requests
 
     def pull_messages(self, message_ids):
         (message_id,) = message_ids
         number = int(message_id.removeprefix("message-"))
         if number < len(self.contexts) and self.partition(self.sent[number].metadata.dst_node_id) in self.stalled:
+            self.at_once += 1
+            self.most = max(self.most, self.at_once)
             self.released.wait(30)
+            self.at_once -= 1
         return super().pull_messages(message_ids)
 
 
@@ -41,12 +45,11 @@ def phase(mailbox: Mailbox, timeout: float) -> tuple[list[int], Batch, float]:
     return used, batch, time.time() - batch.deadline
 
 
-@pytest.mark.parametrize("stalled", [{0}, {0, 1, 3}])
-def test_a_phase_ends_soon_after_its_deadline_with_all_other_replies(stalled):
-    mailbox = Mailbox(StallingGrid(stalled))
+def test_a_phase_ends_soon_after_its_deadline_with_all_other_replies():
+    mailbox = Mailbox(StallingGrid({0, 1, 3}))
     used, batch, late = phase(mailbox, 0.6)
-    assert used == [partition for partition in range(4) if partition not in stalled]
-    assert (batch.received, batch.failed) == (4 - len(stalled), len(stalled))
+    assert used == [2]
+    assert (batch.received, batch.failed) == (1, 3)
     assert 0.4 <= late < 0.9  # one patience for all
     assert batch.log_faults().endswith("(train): no reply within 0.6 s")
 
@@ -76,24 +79,21 @@ def test_a_download_that_is_left_behind_does_not_delay_a_later_phase():
     grid.released.set()
 
 
-@pytest.mark.parametrize(("nodes", "groups"), [(8, 1), (16, 2)])
-def test_nodes_that_all_stall_cost_one_patience_for_each_eight(nodes, groups):
-    grid = StallingGrid(set(range(nodes)), nodes=nodes)
+def test_nodes_that_all_stall_cost_one_patience_for_each_eight():
+    grid = StallingGrid(set(range(16)), nodes=16)
     used, batch, late = phase(Mailbox(grid), 0.6)
-    assert (used, batch.failed) == ([], nodes)
-    assert groups * 0.4 <= late < groups * 0.4 + 0.3
+    assert (used, batch.failed) == ([], 16)
+    assert 0.8 <= late < 1.1
     grid.released.set()
 
 
 def test_at_most_eight_replies_of_any_phase_are_fetched_at_a_time():
-    grid = StallingGrid(set(range(20)), nodes=30)
+    grid = StallingGrid(set(range(9)), nodes=9)
     mailbox = Mailbox(grid)
-    at_once: list[int] = []
-    threading.Timer(1.3, lambda: at_once.append(len(mailbox.downloads))).start()
-    batch = mailbox.send(connected_nodes(grid), MessageType.QUERY, RecordDict(), 1, 1.5)
-    assert len(list(mailbox.collect(batch, lambda content: content))) == 10
-    assert at_once == [messaging.MAX_WAITING]
-    grid.released.set()
+    batch = mailbox.send(connected_nodes(grid), MessageType.QUERY, RecordDict(), 1, 1.3)
+    threading.Timer(1.2, grid.released.set).start()
+    assert len(list(mailbox.collect(batch, lambda content: content))) == 9
+    assert grid.most == messaging.MAX_WAITING
 
 
 def test_a_slow_download_of_a_prompt_reply_counts():
