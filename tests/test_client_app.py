@@ -22,15 +22,10 @@ from tests.grid import FACTS, InProcessGrid, make_context, run_config, typed_con
 BOTH = pytest.mark.parametrize("message_type", [MessageType.TRAIN, MessageType.EVALUATE])
 NODES = 3  # with partitions of 21 to 72 images
 SETTINGS = {
-    "partitioner": "dirichlet",
-    "dirichlet_alpha": 0.5,
-    "local_epochs": 3,
-    "batch_size": 7,
-    "momentum": 0.7,
+    "partitioner": "dirichlet", "dirichlet_alpha": 0.5, "local_epochs": 3, "batch_size": 7, "momentum": 0.7,
     "learning_rate": 0.9,  # not what is to be used
-    "logit_adjustment": 0.6,
-    "seed": 5,
-}
+    "logit_adjustment": 0.6, "seed": 5,
+}  # fmt: skip
 
 
 def ask(config: dict, message_type: str, content: RecordDict, partition: int = 0, **node_config) -> Message:
@@ -234,7 +229,12 @@ def test_nodes_opt_in_with_the_probability_asked_for(sleeps, probability):
 
 def test_a_delay_is_uniform_and_never_passes_the_deadline(sleeps):
     config = run_config()
-    opt_ins(config, rounds=4, nodes=50, max_delay=3.0)  # without a deadline
+    answers = opt_ins(config, rounds=4, nodes=50, max_delay=3.0)  # without a deadline
+    flat = [answer for of_round in answers for answer in of_round]
+    prompt = [answer for answer, delay in zip(flat, sleeps, strict=True) if delay < 1.5]
+    assert sum(prompt) / len(prompt) == pytest.approx(0.5, abs=0.15)  # who opts in does not depend on the delay
+    assert opt_ins(config, 1, 50, max_delay=0.0)[0] == answers[0]
+    del sleeps[200:]
     assert 0 <= min(sleeps) < 0.1
     assert 2.9 < max(sleeps) < 3.0
     assert sum(sleeps) / 200 == pytest.approx(1.5, abs=0.25)
@@ -243,13 +243,6 @@ def test_a_delay_is_uniform_and_never_passes_the_deadline(sleeps):
         sleeps.clear()
         opt_ins(config, rounds=4, nodes=50, max_delay=3.0, deadline=deadline)
         assert sleeps == [max(0.0, min(delay, deadline - 1000)) for delay in free]
-
-
-def test_who_opts_in_does_not_depend_on_the_delay(sleeps):
-    answers = [a for of_round in opt_ins(run_config(), rounds=20, nodes=50, max_delay=1.0) for a in of_round]
-    prompt = [answer for answer, delay in zip(answers, sleeps, strict=True) if delay < 0.5]
-    assert sum(prompt) / len(prompt) == pytest.approx(0.5, abs=0.08)
-    assert opt_ins(run_config(), 1, 50, max_delay=0.0)[0] == answers[:50]
 
 
 # ------------------------------------------------------------------------- A node's own data
@@ -276,15 +269,6 @@ def test_a_node_numbers_its_classes_as_the_server_does(tmp_path, monkeypatch, me
     assert reply.content["metrics"]["num-examples"] == (8 if message_type == MessageType.TRAIN else 2)
     assert set(seen[0].labels.tolist()) == {2}
     assert seen[0].class_names == CLASSES
-
-
-@BOTH
-def test_a_message_without_a_model_is_not_said_to_have_another_one(settings, message_type):
-    content = instructions(task.Net(1, 10), server_round=1, lr=0.1)
-    content["weights"] = content.pop("arrays")
-    reason = ask(settings, message_type, content).error.reason
-    assert reason.startswith("KeyError: 'arrays' (")
-    assert "does not fit" not in reason
 
 
 @BOTH
@@ -320,8 +304,7 @@ def test_a_node_without_data_says_what_it_needs(settings):
 # ----------------------------------------------------------------------------------- Errors
 
 
-@pytest.mark.parametrize("key", ["lr", "server-round"])
-@pytest.mark.parametrize("value", [None, "0.1"])
+@pytest.mark.parametrize(("key", "value"), [("lr", None), ("server-round", "0.1")])
 def test_a_message_without_a_number_is_one_line(settings, key, value):
     content = instructions(task.Net(1, 10), server_round=1, lr=0.1)
     del content["config"][key]
