@@ -288,12 +288,33 @@ def test_nodes_are_at_work_all_the_time(try_out):
     app = changed_app("fedbuff")
     grid = PacedGrid(app, app.defaults, [1.0] * 8 + [7.0] * 2)
     done = try_out(app, grid, num_server_rounds=8, fraction_clients_train=0.8, evaluate_every=9)
-    assert all(row["train_received"] >= app.server_app.BUFFER for row in done.rows[1:])
+    assert all(row["train_received"] >= 4 for row in done.rows[1:])  # half of those at work
     sampled, received = ([row[f"train_{key}"] for row in done.rows[1:]] for key in ("sampled", "received"))
     assert sampled == [8, *received[:-1]]  # whoever is done makes room for another
     assert not any(row["train_failed"] or row["train_rejected"] for row in done.rows[1:])
     assert sum(row["seconds_train"] for row in done.rows[1:]) < 14
     assert {8, 9} & {partition for round_ in trained(grid).values() for partition in round_}
+
+
+def test_fedbuff_has_min_train_nodes_at_work_and_does_not_wait_for_all_of_a_few(try_out):
+    app = changed_app("fedbuff")
+    few = try_out(app, PacedGrid(app, app.defaults, [1.0] * 5), fraction_clients_train=0.2, evaluate_every=9)
+    assert [row["train_sampled"] for row in few.rows[1:]] == [2, 2]
+    slow = PacedGrid(app, app.defaults, [1.0, 1.0, 1.0, 500.0])
+    done = try_out(app, slow, num_server_rounds=3, fraction_clients_train=1.0, evaluate_every=9)
+    assert [row["train_sampled"] for row in done.rows[1:]] == [4, 3, 3]
+    assert sum(row["seconds_train"] for row in done.rows[1:]) < 5
+
+
+def test_a_node_whose_reply_is_lost_gets_another_model_after_the_deadline(try_out, caplog):
+    app = changed_app("fedbuff")
+    grid = PacedGrid(app, app.defaults, [1.0] * 4)
+    grid.handlers = {0: lambda msg, ctx: None if msg.metadata.group_id == "1" else app.client_app.app(msg, ctx)}
+    settings = {"num_server_rounds": 8, "fraction_clients_train": 1.0, "evaluate_every": 9, "train_timeout": 3.5}
+    done = try_out(app, grid, **settings)
+    assert [round_ for round_, partitions in trained(grid).items() if 0 in partitions] == ["1", "5", "6", "7", "8"]
+    assert [row["train_failed"] for row in done.rows[1:]] == [0, 0, 0, 1, 0, 0, 0, 0]
+    assert "Round 4: left out partition 0 (train): no reply within 3.5 s" in caplog.text
 
 
 # ----------------------------------------------------------------- 8. Differential privacy
