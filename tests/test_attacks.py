@@ -113,6 +113,26 @@ def test_hostile_nodes_send_other_models(config):
     assert same_bits(noisy, trained(app, config | {"attack": "noise", "hostile-nodes": 2}, 1))
 
 
+def test_a_tensor_with_two_names_is_attacked_once(config):
+    def tie(app):
+        make = app.task.make_model
+
+        def tied(facts):
+            net = make(facts)
+            net.norm1.bias = net.norm1.weight
+            return net
+
+        app.task.make_model = tied
+        return app
+
+    honest, app = tie(changed_app()), tie(changed_app("attack"))
+    before, after = honest.task.initial_model(FACTS, 7).state_dict(), trained(honest, config, 0)
+    sent = trained(app, config | {"attack": "sign-flip", "hostile-nodes": 1}, 0)
+    for name in ("norm1.weight", "norm1.bias"):
+        assert not torch.equal(after[name], before[name])
+        assert torch.allclose(sent[name], 2 * before[name] - after[name], atol=1e-6)
+
+
 def test_a_little_is_mean_and_deviation_of_the_colluding_nodes(config):
     honest, app = changed_app(), changed_app("attack")
     first, second = (trained(honest, config, partition) for partition in range(2))
