@@ -574,6 +574,29 @@ def test_a_node_with_one_class_has_no_auc(try_out):
     assert task.test(task.make_model({"num-features": 30, "num-targets": 2}), data, torch.device("cpu"))["auc"] is None
 
 
+@pytest.mark.parametrize("recipes", [("metrics",), ("tabular",), ("tabular", "regression")])
+def test_a_diverged_model_has_no_metrics_and_the_run_goes_on(try_out, recipes):
+    """Its numbers are finite, but the sums in its layers are not."""
+    pytest.importorskip("sklearn")
+    app = changed_app(*recipes)
+    grid = InProcessGrid(app.client_app.app, {}, 5)
+
+    def diverge(message: Message, context: Context) -> Message:
+        reply = app.client_app.app(message, context)
+        if (message.metadata.message_type, message.metadata.group_id) == ("train", "1"):
+            arrays = reply.content["arrays"].to_torch_state_dict()
+            huge = {name: tensor.sign() * 1e30 if "num_" not in name else tensor for name, tensor in arrays.items()}
+            reply.content["arrays"] = app.messaging.to_array_record(huge)
+        return reply
+
+    grid.handlers = dict.fromkeys(range(5), diverge)
+    done = try_out(app, grid, opt_in_probability=1.0)
+    assert [row["round"] for row in done.rows] == [0, 1, 2]
+    assert done.rows[0][f"centralized_{app.task.SCORE}"] is not None
+    for name in ["loss", *({"auc", "r2"} & {key.removeprefix("centralized_") for key in done.rows[0]})]:
+        assert [row[f"centralized_{name}"] for row in done.rows[1:]] == [None, None], name
+
+
 def test_the_next_character_is_learned(try_out, tmp_path):
     app = changed_app("text")
     sources = Path(app.task.__file__).parent
