@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import recipes
 from benchmarks.simulation import FinishedRun, LocalSuperLink, copy_app
@@ -164,15 +165,12 @@ def test_the_commands_for_ci_run_the_app(superlink):
     assert results(directory)[1]["nodes_available"] == 2
 
 
-def test_another_task_with_late_answers_and_another_copy_of_the_app(tmp_path, tiny_dataset):
-    """The nodes import the app from the directory of the SuperLink, so each copy needs its own."""
-    first, second = copy_app(tmp_path / "first"), copy_app(tmp_path / "second")
-    recipes.apply("tabular", first)
+def test_another_task_runs_with_flowers_engine_and_late_answers_do_not_hold_it_up(tmp_path):
+    app = copy_app(tmp_path / "app")
+    recipes.apply("tabular", app)
     late = {"nodes": 20, "num_server_rounds": 2, "query_timeout": 2.0, "query_max_delay": 1.0}
-    other = {"nodes": 2, "num_server_rounds": 1, "dataset": tiny_dataset, "partitioner": "iid"}
-    with LocalSuperLink(first) as superlink:
-        run = superlink.run(app=first, use_wandb=False, **late, **ONE_WORKER)
-        refused = superlink.run(app=second, use_wandb=False, **other, **ONE_WORKER)
+    with LocalSuperLink(app) as superlink:  # the nodes import the app from the directory of the SuperLink
+        run = superlink.run(app=app, use_wandb=False, **late, **ONE_WORKER)
     assert run.status == "finished:completed", run.log
     for row in run.results[1:]:
         assert row["train_received"] == 4
@@ -184,6 +182,42 @@ def test_another_task_with_late_answers_and_another_copy_of_the_app(tmp_path, ti
         assert row["seconds_evaluate"] < 6
     assert run.results[2]["centralized_auc"] > 0.9
     assert "ERROR" not in run.log
+
+
+TUTORIAL = """
+
+class Tutorial(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2, self.pool = nn.Conv2d(3, 6, 5), nn.Conv2d(6, 16, 5), nn.MaxPool2d(2, 2)
+        self.fc1, self.fc2, self.fc3 = nn.Linear(16 * 5 * 5, 120), nn.Linear(120, 84), nn.Linear(84, 10)
+
+    def forward(self, x):
+        x = self.pool(F.relu(self.conv1(x)))
+        x = self.pool(F.relu(self.conv2(x))).view(-1, 16 * 5 * 5)
+        return self.fc3(F.relu(self.fc2(F.relu(self.fc1(x)))))
+
+
+def make_model(facts):
+    return Tutorial()
+"""
+
+
+def test_another_network_learns_colour_images_and_another_copys_superlink_is_refused(tmp_path, tiny_dataset):
+    first, second, data = copy_app(tmp_path / "first"), copy_app(tmp_path / "second"), tmp_path / "data"
+    task = first / "pytorch_example_low_level" / "task.py"
+    task.write_text(task.read_text() + TUTORIAL)
+    for number in range(60):
+        path = data / ("test" if number % 3 == 0 else "train") / f"{number // 3 % 10}" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (number, 99, 255 - number)).save(path)
+    settings = {"nodes": 2, "num_server_rounds": 1, "fraction_clients_train": 1.0, "partitioner": "iid"}
+    with LocalSuperLink(first) as superlink:  # it is started in the first copy
+        run = superlink.run(app=first, dataset=str(data), use_wandb=False, **settings, **ONE_WORKER)
+        refused = superlink.run(app=second, dataset=tiny_dataset, use_wandb=False, **settings, **ONE_WORKER)
+    assert run.status == "finished:completed", run.log
+    assert run.results[1]["train_received"] == 2
+    assert "class folders; images: 20 test, 40 train; 10 classes (0, 1, 2, 3, 4, 5, 6, 7, 8, 9); 32x32 RGB" in run.log
 
     assert refused.status == "finished:failed", refused.log
     there = re.escape(str(first / "pytorch_example_low_level"))
