@@ -66,6 +66,18 @@ def test_updates_are_clipped_to_the_median_norm():
     assert app.server_app.weighted_mean(same, {"w": like["w"]})["w"].tolist() == [1.0, 1.0]
 
 
+def test_norm_clipping_keeps_what_no_node_has_changed():
+    """The difference of a mask of -inf would be NaN, and a double is too short for 2^53 + 1."""
+    like = {"mask": torch.tensor([True, False]), "n": torch.tensor(2**53 + 1), "inf": torch.tensor([0.0, -torch.inf])}
+    updates = [(like | {"w": torch.tensor(pair)}, 1) for pair in ((3.0, 4.0), (0.0, 5.0), (0.0, 50.0))]
+    mean = changed_app("norm-clipping").server_app.weighted_mean(updates, like | {"w": torch.zeros(2)})
+    assert same_bits({name: mean[name] for name in like}, like)
+    assert mean["w"].tolist() == pytest.approx([1.0, 14 / 3])
+    flipped = [({"mask": torch.tensor(values)}, 1) for values in ([True, True], [False, True], [True, False])]
+    mean = changed_app("norm-clipping").server_app.weighted_mean(flipped, {"mask": like["mask"]})
+    assert mean["mask"].tolist() == [True, True]
+
+
 @pytest.mark.parametrize("name", RULES)
 def test_a_rule_takes_what_there_is(name):
     app = changed_app(name)

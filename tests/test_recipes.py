@@ -380,6 +380,31 @@ def test_a_bfloat16_model_trains(try_out, recipes):
     assert not same_bits(done.model, start)
 
 
+AGGREGATING = [(name,) for name in ("median", "trimmed-mean", "multi-krum", "norm-clipping", "fedbuff", "first-k")]
+AGGREGATING += [("secure-sum",), ("fedavgm",), ("scaffold",), ("quantise",), ("quantise", "bfloat16"), ("dp",)]
+
+
+@pytest.mark.parametrize("recipes", AGGREGATING)
+def test_a_buffer_of_booleans_stays_as_it_is(try_out, recipes):
+    app = changed_app(*recipes)
+
+    class Masked(torch.nn.Module):
+        def __init__(self, facts) -> None:
+            super().__init__()
+            self.net = app.task.Net(facts["image-shape"][0], len(facts["class-names"]))
+            self.register_buffer("mask", torch.tensor([True, False]))
+
+        def forward(self, x):
+            return self.net(x)
+
+    app.task.make_model = Masked
+    done = try_out(app, num_server_rounds=1, fraction_clients_train=1.0)
+    assert done.rows[1]["train_received"] >= 3
+    assert done.model["mask"].tolist() == [True, False]
+    start = app.task.initial_model(FACTS, 42).state_dict()
+    assert not torch.equal(done.model["net.fc2.bias"], start["net.fc2.bias"])
+
+
 # ------------------------------------------------------------------------ 9. A personal head
 
 

@@ -76,7 +76,7 @@ def plain(tiny_dataset) -> list[tuple[np.ndarray, int, float]]:
         trained, metrics = reply["arrays"].to_torch_state_dict(), reply["metrics"]
         examples = metrics["num-examples"]
         update = np.concatenate(
-            [(trained[n] - t).double().flatten().numpy() * examples for n, t in again.model.items()]
+            [(trained[n].double() - t.double()).flatten().numpy() * examples for n, t in again.model.items()]
         )
         sums.append((np.rint(update * 2**20).astype(np.int64), examples, metrics["train_loss"]))
     return sums
@@ -115,9 +115,20 @@ def test_with_fewer_than_the_threshold_the_model_stays(one_round, phase, caplog)
     batch, model, loss = one_round.run()
     assert (batch.received, batch.failed, loss) == (0, NODES, None)
     assert same_bits(model, one_round.model)
-    assert "no secure sum, so the global model stays as it is: 2 nodes are left, and 3 are needed" in caplog.text
+    assert (
+        "no secure sum, so the global model stays as it is: too few nodes are left: 2; at least 3 are needed"
+        in caplog.text
+    )
     one_round.grid.handlers = {}
     assert one_round.run(server_round=2)[0].received == NODES  # the next round works
+
+
+def test_complex_numbers_are_refused(one_round, app):
+    """Only their real part would be summed."""
+    one_round.model["phase"] = torch.zeros(1, dtype=torch.complex64)
+    with pytest.raises(app.config.UserError, match=r"these tensors are complex: \['phase'\]"):
+        one_round.run()
+    assert not one_round.grid.sent
 
 
 def masked_updates(one_round: Round, server_round: int) -> dict[int, np.ndarray]:
