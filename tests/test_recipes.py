@@ -327,13 +327,13 @@ def test_clipping_and_noise_by_hand():
     ones = {"w": torch.zeros(20_000).index_fill(0, torch.tensor([0]), 100.0), "counter": torch.tensor(9)}
     config = SimpleNamespace(clip_norm=2.0, noise_multiplier=1e-9)
     # Two of four nodes replied: (2 + 2) / 4, whatever their number of examples.
-    exact = private_mean([(ones, 1), (ones, 1000)], model, 4, config)
+    exact = private_mean([(ones, 1), (ones, 1000)], model, ["w"], 4, config)
     assert exact["w"][0].item() == pytest.approx(1.0, abs=1e-6)
     assert exact["counter"] == 3
-    with pytest.raises(ValueError, match=r"not finite: register a mask of -inf with persistent=False"):
-        private_mean([(ones, 1)], model | {"w": torch.full((20_000,), -torch.inf)}, 4, config)
+    with pytest.raises(ValueError, match=r"not finite: register a mask of -inf as a buffer"):
+        private_mean([(ones, 1)], model | {"w": torch.full((20_000,), -torch.inf)}, ["w"], 4, config)
     config.noise_multiplier = 0.5
-    noisy = [private_mean([], model, 4, config)["w"] for _ in range(2)]
+    noisy = [private_mean([], model, ["w"], 4, config)["w"] for _ in range(2)]
     assert noisy[0].std().item() == pytest.approx(0.5 * 2 * 2 / 4, rel=0.05)
     assert not torch.equal(*noisy)
 
@@ -355,6 +355,48 @@ def test_epsilon_is_that_of_the_accountant_after_a_resume_too(try_out, tmp_path,
     assert [row["epsilon"] for row in again.rows] == [None, *map(pytest.approx, expected)]
     with pytest.raises(Exception, match="noise-multiplier"):
         try_out(app, **settings | {"noise_multiplier": 1.0}, resume_from=str(again.directory))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_noise_is_added_to_trained_parameters_and_not_to_statistics(try_out, frozen):
+    pytest.importorskip("dp_accounting")
+    app = changed_app("dp")
+
+    class Normalised(torch.nn.Module):
+        def __init__(self, facts) -> None:
+            super().__init__()
+            self.norm = torch.nn.BatchNorm2d(1).requires_grad_(not frozen)
+            self.net = app.task.Net(facts["image-shape"][0], len(facts["class-names"]))
+
+        def train(self, mode: bool = True):
+            super().train(mode)
+            self.norm.train(mode and not frozen)
+            return self
+
+        def forward(self, x):
+            return self.net(self.norm(x))
+
+    app.task.make_model = Normalised
+    if frozen:
+        done = try_out(app, noise_multiplier=10.0)
+        assert (done.model["norm.running_mean"].item(), done.model["norm.running_var"].item()) == (0.0, 1.0)
+        start = app.task.initial_model(FACTS, 42).state_dict()
+        assert (done.model["net.fc2.bias"] - start["net.fc2.bias"]).std() > 3
+    else:
+        grid = InProcessGrid(app.client_app.app, {}, 5)
+        with pytest.raises(app.config.UserError, match=r"update statistics, which are not private: \['norm'\]"):
+            try_out(app, grid)
+        assert not grid.sent
+
+
+def test_delta_is_below_one_by_the_number_of_nodes(try_out, monkeypatch):
+    pytest.importorskip("dp_accounting")
+    app = changed_app("dp")
+    monkeypatch.setattr(app.server_app, "DELTA", 0.2)
+    grid = InProcessGrid(app.client_app.app, {}, 5)
+    with pytest.raises(app.config.UserError, match=r"DELTA is 0\.2, but with 5 nodes it must be below 0\.2"):
+        try_out(app, grid)
+    assert not grid.sent
 
 
 @pytest.mark.parametrize("recipes", [("quantise",), ("quantise", "bfloat16"), ("scaffold",)])
