@@ -595,6 +595,32 @@ def test_nodes_take_turns(try_out):
     assert trained(done.grid) == {"1": [0, 1], "2": [2, 3], "3": [0, 4], "4": [1, 2], "5": [3, 4]}
 
 
+@pytest.mark.parametrize(
+    "recipes", [("by-node-config",), ("by-node-config", "turns"), ("battery", "turns"), ("by-name",)]
+)
+def test_rounds_without_a_node_to_choose_train_nobody(try_out, caplog, recipes):
+    app = changed_app(*recipes)
+    grid = InProcessGrid(app.client_app.app, {}, 5)
+
+    def north_and_full_in_round_2(msg: Message, context: Context) -> Message:
+        if not msg.metadata.message_type.startswith("query."):
+            return app.client_app.app(msg, context)
+        chosen = msg.metadata.group_id == "2"
+        answer = ConfigRecord({"site": "north" * chosen, "level": float(chosen)})
+        return Message(RecordDict({"config": answer}), reply_to=msg)
+
+    grid.handlers = dict.fromkeys(range(5), north_and_full_in_round_2)
+    if recipes == ("by-name",):
+        with pytest.raises(Exception, match="Nothing was learned"):
+            try_out(app, grid)
+        assert trained(grid) == {}
+    else:
+        done = try_out(app, grid, num_server_rounds=3)
+        assert trained(grid).keys() == {"2"}
+        assert [row["train_sampled"] for row in done.rows[1:]] == [0, 3, 0]
+    assert "Round 1: no usable TRAIN reply; the global model stays as it is." in caplog.text
+
+
 def test_one_more_phase_and_a_round_without_a_cohort(try_out, caplog):
     app = changed_app("battery")
     grid = InProcessGrid(app.client_app.app, {}, 5)
