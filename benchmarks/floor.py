@@ -68,7 +68,8 @@ class Setting:
         node = len(images.partitions(self.config(), 1).dataset) // self.nodes
         validation = int(node * images.VALIDATION_SHARE)
         work = {"train_images": node - validation, "validation_images": validation}
-        return self.messages() | work | {"test_images": len(images.load_test_split(self.config()))}
+        tested = {"test_images": len(images.load_test_split(self.config())), "width": self.width}
+        return self.messages() | work | tested
 
     def __str__(self) -> str:
         """Return the words for the tables."""

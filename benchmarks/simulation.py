@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.cli import PROJECT, FlowerCli, free_port, signals_held, start, stop, toml, wait_for_superlink
+from pytorch_example_low_level.sources import bundled
 
 
 @dataclass(frozen=True)
@@ -103,3 +104,13 @@ def copy_app(folder: Path) -> Path:
     )
     shutil.copytree(PROJECT, folder, ignore=left_out)
     return folder
+
+
+def few_images(folder: Path, train: int, test: int) -> str:
+    """Save some of the bundled images as a data set; return its folder."""
+    import datasets
+
+    for split, count in (("train", train), ("test", test)):
+        rows = datasets.load_dataset(bundled())[split].shuffle(seed=0).select(range(count))
+        rows.to_parquet(folder / "data" / f"{split}.parquet")
+    return str(folder)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import threading
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from benchmarks.simulation import FinishedRun, LocalSuperLink, copy_app
-from deploy.cli import PROJECT, command_of
+from deploy.cli import PROJECT, command_of, family
 
 ENGINE_APP = PROJECT / "benchmarks" / "engine_app"
 BIG = 12_000  # units of the first linear layer that give a model of 25 MB
@@ -24,61 +26,83 @@ class Watched:
     """A real run, with what was seen of it from outside."""
 
     run: FinishedRun
-    seconds_to: dict[str, float] = field(default_factory=dict)  # the first line with a pattern
-    server_peak: int = 0  # KiB, the process of ServerApp and engine
-    worker_peak: int = 0  # KiB, the largest ClientApp worker
+    seconds: float
+    seconds_to: float  # the first line with a pattern
+    server: float  # MiB at most, the process of ServerApp and engine
+    worker: float  # MiB at most, the largest ClientApp worker
 
-    def engine(self, kind: str) -> list[float]:
-        """Return the seconds of an exchange of the engine's app, or of its "round", in each round."""
-        return [float(seconds) for seconds in re.findall(rf"ENGINE {kind} \d+ ([\d.]+)", self.run.log)]
+    def engine_rounds(self) -> list[float]:
+        """Return the seconds of each round of the engine's app."""
+        return [float(seconds) for seconds in re.findall(r"ENGINE round \d+ ([\d.]+)", self.run.log)]
 
 
-def watch(superlink: LocalSuperLink, pattern: str = "", **arguments: Any) -> Watched:
-    """Run an app; note when a line with a pattern comes, and how much memory its processes take at most."""
-    watched, ended = Watched(FinishedRun("", "", "", None)), threading.Event()
+@contextlib.contextmanager
+def repeatedly(look: Callable[[], None], pause: float) -> Iterator[None]:
+    """Call a function again and again in a thread, with a pause of some seconds, until the block ends."""
+    ended = threading.Event()
 
-    earlier = set(psutil.pids())  # those of the run before may still be there
+    def look_again() -> None:
+        while not ended.wait(pause):
+            look()
 
-    def memory() -> None:
-        while not ended.wait(1):
-            for process in psutil.process_iter():
-                name = "" if process.pid in earlier else command_of(process)
-                if "flwr-simulation" in name and str(superlink.port) in name:
-                    watched.server_peak = max(watched.server_peak, peak_kib(process.pid))
-                elif name.startswith("ray::ClientAppActor"):
-                    watched.worker_peak = max(watched.worker_peak, peak_kib(process.pid))
-
-    thread = threading.Thread(target=memory)
+    thread = threading.Thread(target=look_again, daemon=True)
     thread.start()
-    started, lines = time.monotonic(), []
     try:
-        for line in superlink.lines(**arguments):
-            lines.append(line)
-            if pattern and pattern not in watched.seconds_to and re.search(pattern, line):
-                watched.seconds_to[pattern] = time.monotonic() - started
-            if found := re.search(r"Round took .*|ENGINE round .*", line):
-                print(f"      {found.group()}", flush=True)
+        yield
     finally:
         ended.set()
         thread.join()
-    watched.run = superlink.flwr.finished("".join(lines))
-    if watched.run.status != "finished:completed":
-        raise SystemExit(f"a run ended with {watched.run.status}:\n{watched.run.log[-4000:]}")
-    return watched
 
 
-def peak_kib(pid: int) -> int:
-    """Return the most memory that a process has had; 0 when it has ended."""
+def peak_memory(process: psutil.Process) -> float:
+    """Return the most memory that a process has had, with shared pages, in MiB; 0 when it has ended."""
     with contextlib.suppress(OSError):
-        found = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
-        return int(found.group(1)) if found else 0
-    return 0
+        found = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text())
+        return int(found.group(1)) / 1024 if found else 0.0
+    return 0.0
+
+
+def own_memory(process: psutil.Process) -> float:
+    """Return the memory of a process without shared pages, in MiB; 0 when it has ended."""
+    with contextlib.suppress(psutil.Error):
+        return float(process.memory_full_info().uss / 2**20)
+    return 0.0
+
+
+def watch(
+    superlink: LocalSuperLink,
+    pattern: str = "",
+    memory: Callable[[psutil.Process], float] = peak_memory,
+    **arguments: Any,
+) -> Watched:
+    """Run an app; note when a line with a pattern comes, and how much memory its processes take at most."""
+    peaks = {"flwr-simulation": 0.0, "ray::ClientAppActor": 0.0}
+    earlier = set(psutil.pids())  # those of the run before may still be there
+
+    def look() -> None:
+        for process in family(superlink.process.pid):
+            command = "" if process.pid in earlier else command_of(process)
+            for program, peak in peaks.items():
+                if program in command:
+                    peaks[program] = max(peak, memory(process))
+
+    started, seconds_to, log = time.monotonic(), math.nan, ""
+    with repeatedly(look, 0.5):
+        for line in superlink.lines(**arguments):
+            log += line
+            if pattern and math.isnan(seconds_to) and re.search(pattern, line):
+                seconds_to = time.monotonic() - started
+            if found := re.search(r"Round took .*|ENGINE round .*", line):
+                print(f"      {found.group()}", flush=True)
+    seconds, run = time.monotonic() - started, superlink.flwr.finished(log)
+    if run.status != "finished:completed":
+        raise SystemExit(f"a run ended with {run.status}:\n{run.log[-4000:]}")
+    return Watched(run, seconds, seconds_to, *peaks.values())
 
 
 def big_app(folder: Path, units: int = BIG) -> Path:
     """Copy the app with a larger first linear layer; 12,000 units give a model of 25 MB with 6,300,000 parameters."""
-    copy_app(folder)
-    module = folder / "pytorch_example_low_level" / "task.py"
+    module = copy_app(folder) / "pytorch_example_low_level" / "task.py"
     source = module.read_text()
     wide = source.replace("32 * 4 * 4, 128)", f"32 * 4 * 4, {units})").replace("Linear(128,", f"Linear({units},")
     module.write_text(wide)

@@ -20,8 +20,9 @@ import psutil
 import pytest
 import torch
 
+from benchmarks.simulation import few_images
 from pytorch_example_low_level import client_app, images, server_app, utils
-from tests.grid import PROJECT, InProcessGrid, make_context, run_config, typed_config
+from tests.grid import InProcessGrid, make_context, run_config, typed_config
 
 torch.set_num_threads(1)
 
@@ -33,13 +34,7 @@ def pytest_unconfigure() -> None:
 @pytest.fixture(scope="session")
 def tiny_dataset(tmp_path_factory) -> str:
     """120 images to train and 40 to test, of Fashion-MNIST's ten classes."""
-    import datasets
-
-    folder = tmp_path_factory.mktemp("tiny")
-    bundled = datasets.load_dataset(str(PROJECT / "fashion_mnist_sample"))
-    for split, count in (("train", 120), ("test", 40)):
-        bundled[split].shuffle(seed=0).select(range(count)).to_parquet(folder / "data" / f"{split}.parquet")
-    return str(folder)
+    return few_images(tmp_path_factory.mktemp("tiny"), train=120, test=40)
 
 
 @pytest.fixture(autouse=True)

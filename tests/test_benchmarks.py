@@ -16,12 +16,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from flwr.app import MessageType
 
-from benchmarks import federated_figure, floor, network_round, report, round_time, watched
-from benchmarks.federated_figure import evaluate_nodes
-from benchmarks.network_round import look_figures
+from benchmarks import federated_figure, floor, network_round, recipes, round_time, watched
+from benchmarks.recipes import Experiment, Variant
 from benchmarks.simulation import FinishedRun
 from deploy.cli import PROJECT
 from tests.conftest import App, load_module, results
@@ -47,7 +47,7 @@ def documented(module: str) -> list[str]:
 class InProcessSuperLink:
     """Stands in for Flower's processes: whatever is asked for, few nodes, rounds and images run, on our Grid."""
 
-    port = ""
+    process = psutil.Process()
 
     def __init__(self, app: App) -> None:
         self.app = app
@@ -131,11 +131,14 @@ def test_the_federated_figure_is_that_of_a_round_with_all_nodes(app, monkeypatch
     directory = app.run(opt_in_probability=1.0, num_server_rounds=1)
     for (named,) in commands("benchmarks.federated_figure"):
         assert named.startswith("outputs/")
-    run_main(federated_figure, monkeypatch, str(directory), "--nodes", str(NODES))
-    accuracies, sizes, _ = evaluate_nodes(directory, NODES)
+    run_main(federated_figure, monkeypatch, str(directory))
+    accuracies, sizes = federated_figure.last_round(directory)
     weighted = np.average(accuracies, weights=sizes)
     assert weighted == pytest.approx(results(directory)[1]["federated_evaluate_accuracy"], abs=1e-12)
     assert f"| all {NODES} nodes | {weighted:.3f} | {accuracies.mean():.3f} |" in capsys.readouterr().out
+    directory = app.run(opt_in_probability=0.5, num_server_rounds=1)
+    with pytest.raises(SystemExit, match=r"only \d of 5 nodes evaluated .* do the run with opt-in-probability=1\.0"):
+        run_main(federated_figure, monkeypatch, str(directory))
 
 
 @pytest.fixture
@@ -161,26 +164,15 @@ def test_the_round_time_prints_the_documented_figures(small_round_time, superlin
     figures = written["figures"]
     # The docs show the figures of the command without --scale.
     assert sorted(documented("benchmarks.round_time")) == sorted(key for key in figures if key.startswith("50 nodes"))
-    assert set(report.TARGETS) <= set(figures)
-    assert [(row["nodes"], row["asked"]) for row in written["scale"]] == list(report.SCALE)
+    assert set(round_time.TARGETS) <= set(figures)
+    assert [(row["nodes"], row["asked"]) for row in written["scale"]] == list(round_time.SCALE)
     shown = capsys.readouterr().out
     for key, value in figures.items():
-        target = f"≤ {report.TARGETS[key]:g}" if key in report.TARGETS else ""
+        target = f"≤ {round_time.TARGETS[key]:g}" if key in round_time.TARGETS else ""
         assert f"| {key} | {target} | {value:.2f} |" in shown
     ratio = figures["50 nodes: app, s per round"] / figures["50 nodes: floor, s per round"]
     assert figures["50 nodes: app / floor, a round"] == ratio > 0
     assert out.with_name("round_time.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_the_law_is_a_straight_line_over_the_nodes():
-    measured = report.Report(None, "")
-    for nodes, asked in report.SCALE:
-        seconds = {"app_round": 3 + nodes / 1000, "engine_round": 1 + nodes / 2000} if asked == 200 else {}
-        measured.scale.append({"nodes": nodes, "asked": asked} | seconds)
-    assert measured.law() == (
-        "A round takes 3.0 s plus 1.00 s per 1,000 nodes, and the engine alone 1.0 s plus 0.50 s. "
-        "With 100,000 nodes that would be 103 s, 51 s of it the engine's."
-    )
 
 
 def test_the_big_model_has_25_mb(monkeypatch, tmp_path):
@@ -204,6 +196,57 @@ def test_the_floor_does_the_work_of_the_rounds_of_the_app(app):
         assert [number for part, number in pieces if part == "test"] == [0, 1, 2, 3]
 
 
+def test_the_docs_name_comparisons_that_there_are():
+    pages = "\n".join(path.read_text() for path in (PROJECT / "docs" / "recipes").glob("*.md"))
+    named = set(re.findall(r"python -m benchmarks\.recipes ([a-z-]+\d*)", pages))
+    assert len(named) > 10
+    assert named <= recipes.EXPERIMENTS.keys()
+
+
+def test_a_comparison_of_recipes_continues_after_an_interruption(monkeypatch, tmp_path, capsys):
+    accuracies = {("mean", "none"): 0.8, ("mean", "noise"): 0.2, ("median", "none"): 0.7, ("median", "noise"): 0.6}
+    variants = [Variant(line, column=column) for line, column in accuracies]
+    monkeypatch.setattr(recipes, "EXPERIMENTS", {"attacks": Experiment(variants, worst=True)})
+    done: list[tuple[str, int]] = []
+
+    def measure(experiment: Experiment, variant: Variant, seed: int) -> list[dict]:
+        if len(done) == 3:
+            done.append(("interrupted", seed))
+            raise KeyboardInterrupt
+        done.append((f"{variant.line}, {variant.column}", seed))
+        return [{}, {"centralized_accuracy": accuracies[variant.line, variant.column] + seed / 10}]
+
+    monkeypatch.setattr(recipes, "measure", measure)
+    arguments = ["attacks", "--seeds", "2", "--out", str(tmp_path / "attacks.json")]
+    with pytest.raises(KeyboardInterrupt):
+        run_main(recipes, monkeypatch, *arguments)
+    run_main(recipes, monkeypatch, *arguments)
+    names = ["mean, none", "mean, noise", "median, none", "median, noise"]
+    assert done == [*((name, 0) for name in names[:3]), ("interrupted", 0), (names[3], 0), *((n, 1) for n in names)]
+    shown = capsys.readouterr().out
+    assert "3/8 attacks, median, none, seed 0: accuracy 0.700; about 0:00:00 left" in shown
+    assert "5/5 attacks, median, noise, seed 1: accuracy 0.700; about 0:00:00 left" in shown
+    assert shown.endswith("""
+| | none | noise |
+| --- | --- | --- |
+| mean | 0.850 (0.800) | 0.250 (0.200) |
+| median | 0.750 (0.700) | 0.650 (0.600) |
+""")
+
+
+def test_a_comparison_shows_figures_and_what_has_none(monkeypatch, capsys):
+    epsilon = {"FedAvg": {}, "noise": {"epsilon": 502.3}}
+    experiment = Experiment([Variant(name) for name in epsilon], ("accuracy", "ε"))
+    monkeypatch.setattr(recipes, "measure", lambda _, v, seed: [{"centralized_accuracy": seed / 2} | epsilon[v.line]])
+    recipes.compare("dp", experiment, 2)
+    assert capsys.readouterr().out.endswith("""
+| | accuracy | ε |
+| --- | --- | --- |
+| FedAvg | 0.250 ± 0.250 | – |
+| noise | 0.250 ± 0.250 | 502 ± 0 |
+""")
+
+
 def test_a_round_over_a_network_has_the_documented_figures():
     log = """
     LOOK query 10.0
@@ -217,12 +260,12 @@ def test_a_round_over_a_network_has_the_documented_figures():
     LOOK evaluate 30.0
     PICKED evaluate 7 32.0
     """
-    figures = look_figures(log, {7: [10.7, 31.0], 8: [10.9, 21.0]})
     of_round = {f"seconds_{part}": 1.0 for part in ("total", "train", "query", "evaluate")}
-    all_figures = network_round.round_figures([of_round, of_round | {"seconds_train": 3.0}], [(5.0, 9.0)]) | figures
-    assert list(all_figures) == documented("benchmarks.network_round")
-    assert all_figures["s in TRAIN"] == 2.0
-    assert all_figures["life of the process that answers a message, s"] == 4.0
+    rows = [of_round, of_round | {"seconds_train": 3.0}]
+    figures = network_round.figures_of(rows, log, {1: (5.0, 9.0)}, {7: [10.7, 31.0], 8: [10.9, 21.0]})
+    assert list(figures) == documented("benchmarks.network_round")
+    assert figures["s in TRAIN"] == 2.0
+    assert figures["life of the process that answers a message, s"] == 4.0
     # The gaps are 0.2 and 0.3 s in QUERY and 0.4 s in TRAIN.
     assert figures["from one look for replies to the next, s (median)"] == pytest.approx(0.3)
     assert figures["from sending a reply to having fetched it, QUERY, s (median)"] == pytest.approx(0.2)

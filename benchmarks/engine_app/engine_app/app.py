@@ -12,17 +12,12 @@ import time
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from pytorch_example_low_level.images import Split
 
 SETTINGS: Any = SimpleNamespace(local_epochs=1, batch_size=32, momentum=0.9, logit_adjustment=1.0, augment=False)
 client = ClientApp()
@@ -32,7 +27,7 @@ server = ServerApp()
 
 
 @cache
-def images(count: int) -> Split:
+def images(count: int) -> Any:
     """Return random images of ten classes."""
     import torch
 
@@ -42,28 +37,34 @@ def images(count: int) -> Split:
     return Split(pixels, torch.arange(count) % 10, [str(number) for number in range(10)])
 
 
-def model(width: Any, arrays: ArrayRecord | None = None) -> nn.Module:
-    """Return the app's model, with another width of the first linear layer unless `width` is 0."""
+def model(width: int, arrays: ArrayRecord | None = None) -> Any:
+    """Return the app's model with this width of the first linear layer."""
     from torch import nn
 
     from pytorch_example_low_level.task import make_model
 
     net = make_model(images(1).facts)
-    if width:
+    if width != 128:
         net.fc1, net.fc2 = nn.Linear(32 * 4 * 4, width), nn.Linear(width, 10)
     if arrays is not None:
         net.load_state_dict(arrays.to_torch_state_dict())
     return net
 
 
-def test(arrays: ArrayRecord, count: int, width: Any) -> None:
-    """Test the model on random images, if there are any."""
-    if count:
-        import torch
+def work(arrays: ArrayRecord, count: int, *, train: bool = False) -> ArrayRecord:
+    """Train or test the model on random images, if there are any; return the model."""
+    if not count:
+        return arrays
+    import torch
 
-        from pytorch_example_low_level import task
+    from pytorch_example_low_level import task
 
-        task.test(model(width, arrays), images(count), torch.device("cpu"))
+    net, cpu = model(arrays["fc1.bias"].shape[0], arrays), torch.device("cpu")
+    if not train:
+        task.test(net, images(count), cpu)
+        return arrays
+    task.train(net, images(count), SETTINGS, lr=0.01, seed=1, device=cpu)
+    return ArrayRecord(net.state_dict())
 
 
 @cache
@@ -82,15 +83,7 @@ def train(msg: Message, context: Context) -> Message:
     """Return the model, trained for an epoch if there are images."""
     if context.run_config["imports"]:
         import_what_a_node_imports()
-    arrays = msg.content.array_records["arrays"]
-    if count := int(context.run_config["train-images"]):
-        import torch
-
-        from pytorch_example_low_level import task
-
-        net = model(context.run_config["width"], arrays)
-        task.train(net, images(count), SETTINGS, lr=0.01, seed=1, device=torch.device("cpu"))
-        arrays = ArrayRecord(net.state_dict())
+    arrays = work(msg.content.array_records["arrays"], int(context.run_config["train-images"]), train=True)
     metrics = MetricRecord({"train_loss": 1.0, "num-examples": 1})
     return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=msg)
 
@@ -98,8 +91,7 @@ def train(msg: Message, context: Context) -> Message:
 @client.evaluate()
 def evaluate(msg: Message, context: Context) -> Message:
     """Test the model if there are images."""
-    count = int(context.run_config["validation-images"])
-    test(msg.content.array_records["arrays"], count, context.run_config["width"])
+    work(msg.content.array_records["arrays"], int(context.run_config["validation-images"]))
     metrics = MetricRecord({"eval_loss": 1.0, "eval_acc": 1.0, "num-examples": 1})
     return Message(RecordDict({"metrics": metrics}), reply_to=msg)
 
@@ -123,7 +115,7 @@ def connected_nodes(grid: Grid, last: int) -> list[int]:
         time.sleep(0.5)
 
 
-def send_and_look(grid: Grid, messages: list[Message], meanwhile: Callable[[], None]) -> Iterator[Message]:
+def send_and_look(grid: Grid, messages: list[Message], meanwhile: Callable[[], object]) -> Iterator[Message]:
     """Send messages, do something meanwhile, and yield the replies."""
     waiting = list(grid.push_messages(messages))
     meanwhile()
@@ -136,7 +128,7 @@ def send_and_look(grid: Grid, messages: list[Message], meanwhile: Callable[[], N
 
 @server.main()
 def main(grid: Grid, context: Context) -> None:
-    """Exchange the messages of the rounds, and print the seconds of each exchange."""
+    """Exchange the messages of the rounds, and print the seconds of each round."""
     config: Any = context.run_config
     if config["imports"]:
         import datasets  # noqa: F401
@@ -147,9 +139,8 @@ def main(grid: Grid, context: Context) -> None:
         values = np.zeros(config["parameters"] // 12, dtype=np.float32)
         arrays = ArrayRecord({f"{number}": Array(values) for number in range(12)})
 
-    def exchange(kind: str, nodes: int, meanwhile: Callable[[], None] = lambda: None) -> ArrayRecord:
+    def exchange(kind: str, nodes: int, meanwhile: Callable[[], object] = lambda: None) -> ArrayRecord:
         """Exchange messages with so many nodes; return the mean of the models, or with no arithmetic the model."""
-        started = time.monotonic()
         content = RecordDict({"config": ConfigRecord({"server-round": 1, "lr": 0.1})})
         if kind != MessageType.QUERY:
             content["arrays"] = arrays
@@ -164,7 +155,7 @@ def main(grid: Grid, context: Context) -> None:
             result = ArrayRecord(weighted_mean(models, arrays.to_torch_state_dict()) or {})
         else:
             assert len(list(replies)) == nodes
-        print(f"ENGINE {kind} {nodes} {time.monotonic() - started:.6f}", flush=True)
+        print(f"ENGINE {kind}", flush=True)
         return result
 
     connected: list[int] = []
@@ -173,6 +164,6 @@ def main(grid: Grid, context: Context) -> None:
         sample = random.Random(server_round).sample
         started = time.monotonic()
         arrays = exchange(MessageType.TRAIN, config["trained"])
-        exchange(MessageType.QUERY, config["asked"], partial(test, arrays, count, config["width"]))
+        exchange(MessageType.QUERY, config["asked"], partial(work, arrays, count))
         exchange(MessageType.EVALUATE, config["evaluated"])
         print(f"ENGINE round {len(connected)} {time.monotonic() - started:.6f}", flush=True)
