@@ -50,10 +50,10 @@ def run(federation, tiny_dataset):
         flwr = AppCli(federation.flwr.home)
         for line in flwr.log_of(**(SETTINGS | {"dataset": tiny_dataset} | settings)):
             log += line
+            print(re.sub(r"\x1b\[\d+m", "", line), end="", flush=True)
             for pattern in [pattern for pattern in waiting if re.search(pattern, line)]:
                 waiting.pop(pattern)()
         finished = flwr.finished(log)
-        print(re.sub(r"\x1b\[\d+m", "", log))
         assert finished.status == "finished:completed", finished.log
         assert not waiting, f"never logged: {list(waiting)}"
         return finished
