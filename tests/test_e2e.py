@@ -142,6 +142,7 @@ def test_a_killed_and_stopped_run_has_the_bits_of_a_whole_one(resumed, app, sett
     # W&B writes its file every 15 s, so a kill takes some rounds; the resumed run logs all of them again.
     folder = Path(re.search(r"wandb sync (\S+)", resumed.log).group(1))
     assert wandb_rounds(folder) == list(range(ROUNDS + 1))
+    assert len({run.name.split("-")[3] for run in folder.parent.glob("offline-run-*")}) == 1  # its id stays
 
 
 def test_a_run_does_not_join_the_wandb_process_of_the_tests(tmp_path, monkeypatch):
