@@ -765,6 +765,14 @@ def test_a_page_is_short_and_the_index_links_each():
         assert name == "README.md" or f"]({name}" in PAGES["README.md"], name
 
 
+def test_recipes_that_cannot_be_combined_are_recipes():
+    table = PAGES["README.md"].split("## Recipes that cannot be combined")[1]
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("|")][2:]
+    assert len(rows) > 10
+    names = {name for recipe, others, _ in rows for name in [recipe, *others.split(", ")]} - {"the rules"}
+    assert names <= RECIPES.keys()
+
+
 # -------------------------------------------------------------------------------- The command
 
 
