@@ -45,8 +45,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from benchmarks.seeds import COLUMNS, Rows, Runs, number, show
-from benchmarks.simulation import LocalSuperLink
-from deploy.cli import PROJECT, command_of, family, interrupted_by_signals
+from benchmarks.simulation import LocalSuperLink, command_of
+from deploy.cli import PROJECT, family, interrupt_on_signals
 from pytorch_example_low_level import client_app, server_app
 from pytorch_example_low_level.config import CODE, RunConfig, UserError, explained, source_digest
 from pytorch_example_low_level.utils import replace_json
@@ -331,5 +331,5 @@ def do_runs(
 
 
 if __name__ == "__main__":
-    with interrupted_by_signals():  # so that no process is left behind
-        main()
+    interrupt_on_signals()  # so that no process is left behind
+    main()

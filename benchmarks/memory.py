@@ -20,7 +20,7 @@ from PIL import Image
 
 from benchmarks.simulation import LocalSuperLink, few_images
 from benchmarks.watched import big_app, own_memory, watch
-from deploy.cli import interrupted_by_signals
+from deploy.cli import interrupt_on_signals
 
 CLASSES = 10
 BYTES_PER_UNIT = 4 * (512 + 1 + 10)  # of the first linear layer: its weights, its bias, and those of the last layer
@@ -83,5 +83,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with interrupted_by_signals():  # so that no process is left behind
-        main()
+    interrupt_on_signals()  # so that no process is left behind
+    main()

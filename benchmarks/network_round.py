@@ -21,9 +21,9 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-from benchmarks.simulation import AppCli, copy_app
+from benchmarks.simulation import AppCli, command_of, copy_app
 from benchmarks.watched import repeatedly
-from deploy.cli import PROJECT, command_of, family, interrupted_by_signals
+from deploy.cli import PROJECT, family, interrupt_on_signals
 from deploy.local_federation import Federation
 
 PHASES = ("train", "query", "evaluate")
@@ -112,5 +112,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with interrupted_by_signals():  # so that no process is left behind
-        main()
+    interrupt_on_signals()  # so that no process is left behind
+    main()

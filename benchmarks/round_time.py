@@ -33,7 +33,7 @@ import torch
 from benchmarks.floor import WORKERS, Setting, measure_floor
 from benchmarks.simulation import LocalSuperLink
 from benchmarks.watched import BIG, ENGINE_APP, Watched, big_app, watch
-from deploy.cli import interrupted_by_signals
+from deploy.cli import interrupt_on_signals
 from pytorch_example_low_level import sources
 from pytorch_example_low_level.utils import replace_json
 
@@ -268,5 +268,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with interrupted_by_signals():  # so that no process is left behind
-        main()
+    interrupt_on_signals()  # so that no process is left behind
+    main()

@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deploy.cli import PROJECT, FlowerCli, free_port, signals_held, start, stop, toml, wait_for_superlink
+import psutil
+
+from deploy.cli import PROJECT, FlowerCli, free_port, start_superlink, stop, toml
 from pytorch_example_low_level.sources import bundled
 
 
@@ -62,9 +64,8 @@ class AppCli(FlowerCli):
         started = re.search(r"Successfully started run (\d+)", log)
         run_id = started.group(1) if started else ""
         directory = re.search(r"📂 Run directory: (.+)", log)
-        answer = status = self("ls", "--run-id", run_id, "--format", "json")
-        with contextlib.suppress(ValueError, KeyError, IndexError):  # if Flower does not know it, its answer
-            status = str(json.loads(answer[answer.index("{") :])["runs"][0]["status"])
+        runs = self.ask("ls", "--run-id", run_id).get("runs")
+        status = str(runs[0]["status"]) if runs else "unknown to Flower"
         return FinishedRun(run_id, log, status, Path(directory.group(1)) if directory else None)
 
 
@@ -72,29 +73,27 @@ class LocalSuperLink:
     """Flower's local SuperLink, in simulation mode, on free ports and with its own Flower home."""
 
     def __init__(self, home: Path, env: Mapping[str, str] | None = None) -> None:
-        self.port = str(free_port())
-        ports = {"FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": self.port, "FLWR_LOCAL_CONTROL_API_PORT": str(free_port())}
+        self.port = free_port()
+        ports = {"FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(self.port), "FLWR_LOCAL_CONTROL_API_PORT": str(free_port())}
         self.flwr = AppCli(home, ports | dict(env or {}))
         self.run, self.lines = self.flwr.run, self.flwr.log_of
         self.process: subprocess.Popen[bytes]
 
     def __enter__(self) -> LocalSuperLink:
         """Start the SuperLink and wait until it answers."""
-        home, log = self.flwr.home, self.flwr.home / "superlink.log"
-        command = ["flower-superlink", "--insecure", "--simulation", "--host", "127.0.0.1", "--port", self.port]
-        with signals_held():
-            self.process = start(command, home, self.flwr.env, log)
-        try:
-            wait_for_superlink(self.process, int(self.port), log)
-        except BaseException:
-            self.__exit__()
-            raise
+        self.process = start_superlink(["--insecure", "--simulation"], self.port, self.flwr.home, self.flwr.env)
         return self
 
     def __exit__(self, *args: object) -> None:
         """Stop the SuperLink and everything it started."""
-        with signals_held():
-            stop(self.process)
+        stop(self.process)
+
+
+def command_of(process: psutil.Process) -> str:
+    """Return the command line of a process; "" if it has ended."""
+    with contextlib.suppress(psutil.Error):
+        return " ".join(process.cmdline())
+    return ""
 
 
 def copy_app(folder: Path) -> Path:

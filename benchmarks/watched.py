@@ -14,8 +14,8 @@ from typing import Any
 
 import psutil
 
-from benchmarks.simulation import FinishedRun, LocalSuperLink, copy_app
-from deploy.cli import PROJECT, command_of, family
+from benchmarks.simulation import FinishedRun, LocalSuperLink, command_of, copy_app
+from deploy.cli import PROJECT, family
 
 ENGINE_APP = PROJECT / "benchmarks" / "engine_app"
 BIG = 12_000  # units of the first linear layer that give a model of 25 MB

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
@@ -9,13 +10,16 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import psutil
+
+from deploy.keys import HOST
+from pytorch_example_low_level.config import UserError
 
 PROJECT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent  # where this environment's `flwr` is
@@ -25,10 +29,6 @@ PARTITIONS = "partitions.json"  # the record that deploy.prepare_partitions writ
 PATIENCE = 10.0  # seconds between SIGTERM and SIGKILL
 
 _ports: set[int] = set()
-
-
-class FederationError(RuntimeError):
-    """An error the user can fix; the message says how."""
 
 
 class FlowerCli:
@@ -45,9 +45,7 @@ class FlowerCli:
             "FLWR_TELEMETRY_ENABLED": "0",
             "PYTHONUNBUFFERED": "1",
         }
-        # W&B stores the address of its service in this variable. A run that used the service of a killed
-        # run would find its W&B id still in use.
-        self.env.pop("WANDB_SERVICE", None)
+        self.env.pop("WANDB_SERVICE", None)  # W&B's service of a killed run, which would still use the run's id
         self.env |= env or {}
 
     def __call__(self, *args: str) -> str:
@@ -64,6 +62,13 @@ class FlowerCli:
             finally:
                 process.terminate()
 
+    def ask(self, *args: str) -> dict[str, Any]:
+        """Run `flwr` with these arguments and return its answer in JSON; {} if there is none."""
+        answer = self(*args, "--format", "json")
+        with contextlib.suppress(ValueError):
+            return dict(json.loads(answer[answer.index("{") :]))
+        return {}
+
 
 def toml(values: Mapping[str, object]) -> str:
     """Write key-value pairs in the form that `--run-config` and `--node-config` take."""
@@ -72,33 +77,16 @@ def toml(values: Mapping[str, object]) -> str:
         if not isinstance(value, str) or ("'" in value and '"' not in value):
             return json.dumps(value, ensure_ascii=False)  # also valid in TOML
         if "'" in value:  # Flower's parser does not know escaped quotation marks
-            raise ValueError(f"a value with both kinds of quotation marks cannot be passed to Flower: {value}")
+            raise UserError(f"a value with both kinds of quotation marks cannot be passed to Flower: {value}")
         return f"'{value}'"
 
     return " ".join(f"{key}={literal(value)}" for key, value in values.items())
 
 
-# ----------------------------------------------------------------------------------- Signals
+def interrupt_on_signals() -> None:
+    """From now on, raise KeyboardInterrupt at the first stop signal, and ignore those that follow.
 
-
-@contextlib.contextmanager
-def handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Handle stop signals, except those that are ignored, such as SIGHUP under `nohup`."""
-    handled = [each for each in STOP_SIGNALS if signal.getsignal(each) is not signal.SIG_IGN]
-    previous = {each: signal.signal(each, handler) for each in handled}
-    try:
-        yield
-    finally:
-        for each, before in previous.items():
-            if signal.getsignal(each) is handler:
-                signal.signal(each, before)
-
-
-@contextlib.contextmanager
-def interrupted_by_signals() -> Iterator[None]:
-    """Raise KeyboardInterrupt at the first stop signal; ignore those that follow until the program has ended.
-
-    A second Ctrl-C does not interrupt the cleanup.
+    So a second Ctrl-C does not interrupt the cleanup. Signals that are ignored, such as SIGHUP under `nohup`, stay so.
     """
 
     def interrupt(number: int, frame: FrameType | None) -> None:
@@ -108,28 +96,9 @@ def interrupted_by_signals() -> Iterator[None]:
             os.write(2, b"\nStopping ...\n")
         raise KeyboardInterrupt
 
-    with handled_by(interrupt):
-        yield
-
-
-@contextlib.contextmanager
-def signals_held() -> Iterator[None]:
-    """Hold back stop signals until the block has ended.
-
-    A signal that raises an exception between the start of a process and the assignment of its
-    handle would leave that process running.
-    """
-    if threading.current_thread() is not threading.main_thread():  # no other thread receives signals
-        yield
-        return
-    held: list[int] = []
-    with handled_by(lambda number, _: held.append(number)):
-        yield
-    for number in held:
-        signal.raise_signal(number)
-
-
-# --------------------------------------------------------------------------------- Processes
+    for each in STOP_SIGNALS:
+        if signal.getsignal(each) is not signal.SIG_IGN:
+            signal.signal(each, interrupt)
 
 
 def start(
@@ -143,23 +112,28 @@ def start(
         )
 
 
-def stop(*processes: subprocess.Popen[bytes]) -> None:
+def stop(*processes: subprocess.Popen[bytes] | psutil.Process) -> None:
     """Stop processes and everything they started: SIGTERM to all, then SIGKILL to those still running."""
     everything = [each for process in processes for each in family(process.pid)]
     for each in everything:
         with contextlib.suppress(psutil.NoSuchProcess):
             each.terminate()
-    deadline = time.monotonic() + PATIENCE
-    for process in processes:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(max(0.0, deadline - time.monotonic()))
-    for each in everything:
+    for each in psutil.wait_procs(everything, PATIENCE)[1]:
         with contextlib.suppress(psutil.NoSuchProcess):
             each.kill()
     for process in processes:
         with contextlib.suppress(ProcessLookupError):  # those whose parent had ended, or that began meanwhile
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+@atexit.register
+def stop_what_is_left() -> None:
+    """Stop what `start` has started and nobody has stopped.
+
+    A signal may raise KeyboardInterrupt before the caller of `start` has its process, or while `stop` is at work.
+    """
+    stop(*(child for child in psutil.Process().children() if os.getsid(child.pid) == child.pid))
 
 
 def family(pid: int) -> list[psutil.Process]:
@@ -170,24 +144,10 @@ def family(pid: int) -> list[psutil.Process]:
     return []
 
 
-def command_of(process: psutil.Process) -> str:
-    """Return the command line of a process; "" if it has ended."""
-    with contextlib.suppress(psutil.Error):
-        return " ".join(process.cmdline())
-    return ""
-
-
 def users_of(file: Path) -> list[psutil.Process]:
     """Return the other processes that have a file open."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):  # it has ended, or belongs to someone else
-            if process.pid != os.getpid() and str(file.resolve()) in {each.path for each in process.open_files()}:
-                found.append(process)
-    return found
-
-
-# ----------------------------------------------------------------------------------- Waiting
+    others = (each for each in psutil.process_iter(["open_files"]) if each.pid != os.getpid())
+    return [each for each in others if str(file.resolve()) in {opened.path for opened in each.info["open_files"] or ()}]
 
 
 def free_port() -> int:
@@ -195,32 +155,40 @@ def free_port() -> int:
     port = 0
     while not port or port in _ports:
         with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
+            probe.bind((HOST, 0))
             port = int(probe.getsockname()[1])
     _ports.add(port)
     return port
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 90, pause: float = 0.2, late: str = "too late") -> None:
-    """Wait until a condition holds. Raises FederationError, with the message in `late`."""
+    """Wait until a condition holds. Raises UserError, with the message in `late`."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
-            raise FederationError(late)
+            raise UserError(late)
         time.sleep(pause)
 
 
-def wait_for_superlink(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
-    """Wait until a SuperLink accepts connections. Raises FederationError."""
+def start_superlink(
+    options: Sequence[str], port: int, folder: Path, env: Mapping[str, str], keep_open: Collection[int] = ()
+) -> subprocess.Popen[bytes]:
+    """Start a SuperLink in a folder, and wait until it accepts connections. Raises UserError."""
+    log = folder / "superlink.log"
+    process = start(["flower-superlink", "--host", HOST, "--port", str(port), *options], folder, env, log, keep_open)
 
     def accepts() -> bool:
         if process.poll() is not None:
-            raise FederationError(f"the SuperLink did not start; {last_lines(log)}")
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
-            return True
-        return False
+            raise UserError(f"the SuperLink did not start; {last_lines(log)}")
+        with socket.socket() as probe:
+            return probe.connect_ex((HOST, port)) == 0
 
-    wait_for(accepts, 60, 0.1, f"the SuperLink does not listen; see {log}")
+    try:
+        wait_for(accepts, 60, 0.1, f"the SuperLink does not listen; see {log}")
+    except BaseException:
+        stop(process)
+        raise
+    return process
 
 
 def last_lines(log: Path, count: int = 5) -> str:

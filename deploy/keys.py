@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,18 +14,20 @@ HOST = "127.0.0.1"
 VALID_FOR = datetime.timedelta(days=365)
 
 
-def write_new(path: Path, content: bytes, *, private: bool) -> None:
-    """Create a file, readable by its owner only if it is private. Raises FileExistsError if it exists."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o644)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content)
+def write(path: Path, content: bytes, *, private: bool) -> None:
+    """Write a whole file or nothing. A private one is never readable by others than its owner."""
+    part = path.with_name(f"{path.name}.part")
+    part.unlink(missing_ok=True)  # of a call that was interrupted
+    part.touch(0o600 if private else 0o644, exist_ok=False)
+    part.write_bytes(content)
+    part.replace(path)
 
 
 def keep_out_of_git(folder: Path) -> None:
     """Create a folder with a `.gitignore` that excludes everything in it. An existing `.gitignore` is kept."""
     folder.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(FileExistsError):
-        write_new(folder / ".gitignore", b"*\n", private=False)
+    if not (folder / ".gitignore").exists():
+        (folder / ".gitignore").write_text("*\n")
 
 
 def make_certificates(folder: Path, hosts: Sequence[str] = (HOST, "localhost", "superlink")) -> None:
@@ -52,11 +52,9 @@ def make_certificates(folder: Path, hosts: Sequence[str] = (HOST, "localhost", "
     ca = trustme.CA(path_length=0, organization_unit_name="Flower federation's CA")
     names = dict.fromkeys([*hosts, HOST])
     server = ca.issue_cert(*names, common_name="SuperLink", not_before=begin, not_after=begin + VALID_FOR)
-    for leftover in ("server.key", "server.crt"):  # of a call that was interrupted
-        (folder / leftover).unlink(missing_ok=True)
-    write_new(folder / "server.key", server.private_key_pem.bytes(), private=True)
-    write_new(folder / "server.crt", server.cert_chain_pems[0].bytes(), private=False)
-    write_new(folder / "ca.crt", ca.cert_pem.bytes(), private=False)
+    write(folder / "server.key", server.private_key_pem.bytes(), private=True)
+    write(folder / "server.crt", server.cert_chain_pems[0].bytes(), private=False)
+    write(folder / "ca.crt", ca.cert_pem.bytes(), private=False)  # last: it says that the others are there
 
 
 def make_node_key(path: Path) -> None:
@@ -72,6 +70,5 @@ def make_node_key(path: Path) -> None:
     openssh = serialization.PrivateFormat.OpenSSH
     private = key.private_bytes(serialization.Encoding.PEM, openssh, serialization.NoEncryption())
     public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
-    public_path.unlink(missing_ok=True)  # of a call that was interrupted
-    write_new(public_path, public + b"\n", private=False)
-    write_new(path, private, private=True)
+    write(public_path, public + b"\n", private=False)
+    write(path, private, private=True)  # last: it says that the other one is there

@@ -2,66 +2,57 @@
 
     python -m deploy.local_federation --nodes 3
 
-creates certificates and keys, starts a SuperLink and three SuperNodes, registers the nodes' keys,
-waits until all nodes are online, and prints the `flwr run` command for this federation. Ctrl-C,
-SIGTERM and SIGHUP stop everything. Keys, logs and the database are in the `--state` folder
-(default: ./federation) and are used again at the next start. Your own Flower configuration is not
-changed.
+creates certificates and keys, starts a SuperLink and three SuperNodes, registers the nodes' keys, waits until all nodes
+are online, and prints the `flwr run` command for this federation. Ctrl-C, SIGTERM and SIGHUP stop everything. Keys,
+logs and run directories are in the `--state` folder (default: ./federation). The next start uses the keys again, with a
+new database. Your own Flower configuration is not changed.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import os
 import re
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from typing import IO
 
 from deploy import cli
-from deploy.cli import FederationError, signals_held
 from deploy.keys import HOST, keep_out_of_git, make_certificates, make_node_key
+from pytorch_example_low_level.config import UserError
 
 
 class Federation:
     """A SuperLink and its SuperNodes on this machine, as a context manager that starts and stops them."""
 
     def __init__(self, state: Path, nodes: int, data: Path | None = None) -> None:
-        self.state = state.absolute()
-        self.num_nodes = nodes
+        self.state, self.num_nodes = state.absolute(), nodes
         self.data = data.absolute() if data else None
-        if missing := [name for name in map("node-{}".format, range(nodes)) if data and not (data / name).is_dir()]:
-            raise FederationError(
-                f"{self.data} has no folder {missing[0]}, but each of the {nodes} nodes needs its own; "
-                "start fewer nodes, or create the folders with deploy.prepare_partitions"
-            )
+        self.settings = settings_of(self.data, nodes) if self.data else {}
         self.port = cli.free_port()
         self.flwr = cli.FlowerCli(self.state / "flower")
         self.certificates = self.state / "certificates"
         self.superlink: subprocess.Popen[bytes] | None = None
         self.supernodes: dict[int, subprocess.Popen[bytes]] = {}
-        self._lock: int | None = None  # a file descriptor
+        self._mark: IO[str]  # a file that all of its processes have open
 
     def __enter__(self) -> Federation:
-        """Start everything and wait until all nodes are online. Raises FederationError."""
+        """Start everything and wait until all nodes are online. Raises UserError."""
         # The folder may be one that has a .gitignore already, so the folders of the keys get their own.
         for folder in (self.state, self.certificates, self.key(0).parent):
             keep_out_of_git(folder)
+        self._mark = (self.state / "lock").open("w")
         try:
-            self._acquire_lock()
-            with signals_held():  # an interrupted start would leave half of the files
-                make_certificates(self.certificates)
-                for index in range(self.num_nodes):
-                    make_node_key(self.key(index))
+            self._check_that_it_is_alone()
+            make_certificates(self.certificates)
             self._write_flower_configuration()
+            for file in self.state.glob("superlink.db*"):  # in it, killed nodes would be online for a minute
+                file.unlink()
             self.start_superlink()
-            self._register_keys()
-            self._wait_for_earlier_nodes()
             for index in range(self.num_nodes):
                 self.start_supernode(index)
             self.wait_until_online(self.num_nodes, timeout=120 + 10 * self.num_nodes)
@@ -72,47 +63,43 @@ class Federation:
 
     def __exit__(self, *args: object) -> None:
         """Stop all processes."""
-        with signals_held():
-            cli.stop(*self.supernodes.values())  # first: they sign off from the SuperLink
-            cli.stop(*([self.superlink] if self.superlink else ()))
-            if self._lock is not None:
-                os.close(self._lock)
-                self._lock = None
+        cli.stop(*self.supernodes.values(), *([self.superlink] if self.superlink else ()))
+        self._mark.close()
 
     def key(self, index: int) -> Path:
         """Return the path of a node's private key."""
         return self.state / "keys" / f"node-{index}"
 
     def start_superlink(self) -> None:
-        """Start the SuperLink and wait until it answers. Raises FederationError."""
-        command = ["flower-superlink", "--host", HOST, "--port", str(self.port), "--enable-supernode-auth"]
-        command += ["--database", str(self.state / "superlink.db")]
+        """Start the SuperLink and wait until it answers. Raises UserError."""
+        options = ["--enable-supernode-auth", "--database", str(self.state / "superlink.db")]
         for option, name in (("ca-certfile", "ca.crt"), ("certfile", "server.crt"), ("keyfile", "server.key")):
-            command += [f"--ssl-{option}", str(self.certificates / name)]
-        log = self.state / "superlink.log"
-        with signals_held():
-            self.superlink = self._start(command, log)
-        cli.wait_for_superlink(self.superlink, self.port, log)
+            options += [f"--ssl-{option}", str(self.certificates / name)]
+        self.superlink = cli.start_superlink(options, self.port, self.state, self.flwr.env, [self._mark.fileno()])
 
     def start_supernode(self, index: int) -> None:
-        """Start a SuperNode, which uses its folder of `data` if there is one, or else its partition."""
+        """Register and start a SuperNode, which uses its folder of `data` if there is one, or else its partition."""
+        make_node_key(self.key(index))
+        answer = self.flwr("supernode", "register", f"{self.key(index)}.pub", "--name", f"node {index}")
+        if "registered successfully" not in answer and "already in use" not in answer:  # by an earlier call
+            raise UserError(f"node {index} could not be registered:\n{answer}")
         config: dict[str, object] = {"partition-id": index, "num-partitions": self.num_nodes}
-        if self.data is not None:
+        if self.data:
             config["data-path"] = str(self.data / f"node-{index}")
         command = ["flower-supernode", "--superlink", f"{HOST}:{self.port}", "--port", str(cli.free_port())]
         command += ["--root-certificates", str(self.certificates / "ca.crt")]
         command += ["--auth-supernode-private-key", str(self.key(index)), "--node-config", cli.toml(config)]
-        with signals_held():
-            self.supernodes[index] = self._start(command, self.state / f"node-{index}.log")
+        log = self.state / f"node-{index}.log"
+        self.supernodes[index] = cli.start(command, self.state, self.flwr.env, log, [self._mark.fileno()])
 
     def wait_until_online(self, count: int, timeout: float = 120) -> None:
-        """Wait until this many nodes are online. Raises FederationError."""
+        """Wait until this many nodes are online. Raises UserError."""
 
         def all_online() -> bool:
             ended = [index for index, process in self.supernodes.items() if process.poll() is not None]
             if ended and len(self.supernodes) - len(ended) < count:
                 log = self.state / f"node-{ended[0]}.log"
-                raise FederationError(f"the SuperNode of node {ended[0]} has ended; {cli.last_lines(log)}")
+                raise UserError(f"the SuperNode of node {ended[0]} has ended; {cli.last_lines(log)}")
             return self.online() >= count
 
         print(f"Waiting until {count} SuperNodes are online ...", flush=True)
@@ -121,51 +108,16 @@ class Federation:
 
     def online(self) -> int:
         """Return the number of nodes that the SuperLink lists as online; 0 if it does not answer."""
-        answer = self.flwr("supernode", "ls", "--format", "json")
-        with contextlib.suppress(ValueError):
-            nodes = json.loads(answer[answer.index("{") :]).get("nodes", ())
-            return sum(node["status"] == "online" for node in nodes)
-        return 0
+        return sum(node["status"] == "online" for node in self.flwr.ask("supernode", "ls").get("nodes", ()))
 
-    def _start(self, command: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
-        """Start a process that inherits the lock."""
-        return cli.start(command, self.state, self.flwr.env, log, [] if self._lock is None else [self._lock])
+    def _check_that_it_is_alone(self) -> None:
+        """Raise UserError if another federation uses the state folder.
 
-    def _acquire_lock(self) -> None:
-        """Lock the state folder. Raises FederationError if another federation uses it.
-
-        The SuperLink and the SuperNodes inherit the lock. So it is held until they have ended,
-        even if this process is killed first.
+        The SuperLink and the SuperNodes inherit the open file. So they are found even if their command was killed.
         """
-        import fcntl  # not on Windows, where the functions above work nevertheless
-
-        path = self.state / "lock"
-        self._lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            parents = {process.pid: process.ppid() for process in cli.users_of(path)}
-            ids = [str(pid) for pid, parent in parents.items() if parent not in parents]  # they stop the others
-            raise FederationError(
-                f"another local federation uses {self.state}; stop it with `kill {' '.join(ids)}`, "
-                "or choose another folder with --state"
-            ) from None
-
-    def _register_keys(self) -> None:
-        """Register the nodes' keys, of which the database may have those of an earlier start."""
-        for index in range(self.num_nodes):
-            answer = self.flwr("supernode", "register", f"{self.key(index)}.pub")
-            if "registered successfully" not in answer and "already in use" not in answer:
-                raise FederationError(f"node {index} could not be registered:\n{answer}")
-
-    def _wait_for_earlier_nodes(self) -> None:
-        """Wait until nodes that were killed in an earlier federation are offline, if there are any.
-
-        Until then the SuperLink refuses a new SuperNode with the key of a killed one.
-        """
-        if self.online():
-            print("Waiting until the SuperNodes of an earlier start are offline (about a minute) ...", flush=True)
-            cli.wait_for(lambda: not self.online(), 120, 8, "SuperNodes of an earlier start are still online")
+        if users := cli.users_of(Path(self._mark.name)):
+            how = f"stop it with `kill {' '.join(str(process.pid) for process in users)}`"
+            raise UserError(f"another local federation uses {self.state}; {how}, or choose another folder with --state")
 
     def _write_flower_configuration(self) -> None:
         """Write the address of this SuperLink, whose port differs at each start, for the `flwr` command."""
@@ -175,25 +127,30 @@ class Federation:
         (self.flwr.home / "config.toml").write_text("\n".join(lines) + "\n")
 
 
-# ------------------------------------------------------------------------------ Command line
+def settings_of(data: Path, nodes: int) -> dict[str, object]:
+    """Return the settings that `deploy.prepare_partitions` has recorded, or a `dataset` to fill in without a record.
 
-
-def dataset_of(data: Path) -> str | None:
-    """Return the data set that `deploy.prepare_partitions` has recorded, or None without a record."""
+    Raises UserError unless each node has its folder, and each folder its node.
+    """
+    found, needed = {path.name for path in data.glob("node-*")}, {f"node-{index}" for index in range(nodes)}
+    if odd := sorted(found ^ needed):
+        raise UserError(
+            f"{data} has {len(found)} folders of nodes, and {nodes} nodes need node-0 to node-{nodes - 1} "
+            f"(see {odd[0]}); change --nodes, or create the folders with deploy.prepare_partitions"
+        )
     path = data / cli.PARTITIONS
     if not path.exists():
-        return None
+        return {"dataset": "..."}
     try:
-        return str(json.loads(path.read_text())["dataset"])
+        record = json.loads(path.read_text())
+        return {key: record[key] for key in ("dataset", "partitioner", "dirichlet-alpha", "seed")}
     except (ValueError, KeyError, TypeError):
-        said = f"{path} has no valid record; create {data} again with deploy.prepare_partitions"
-        raise FederationError(said) from None
+        raise UserError(f"{path} has no valid record; create {data} again with deploy.prepare_partitions") from None
 
 
-def run_command(home: Path, dataset: str | None) -> str:
+def run_command(home: Path, settings: Mapping[str, object]) -> str:
     """Return the shell command that runs the app in this federation."""
-    config = {"query-timeout": 30.0} | ({} if dataset is None else {"dataset": dataset})
-    quoted = re.sub(r'([\\"$`])', r"\\\1", cli.toml(config))
+    quoted = re.sub(r'([\\"$`])', r"\\\1", cli.toml({"query-timeout": 30.0} | dict(settings)))
     command = f"FLWR_HOME={shlex.quote(str(home))} flwr run {shlex.quote(str(cli.PROJECT))} --stream"
     return f'{command} --run-config "{quoted}"'
 
@@ -207,25 +164,19 @@ def main() -> None:
     args = parser.parse_args()
     if args.nodes < 1:
         parser.error("--nodes must be at least 1")
-    with cli.interrupted_by_signals():
-        try:
-            dataset = None if args.data is None else dataset_of(args.data)
-            with Federation(args.state, args.nodes, args.data) as federation:
-                print(f"All {args.nodes} SuperNodes are online. To run the app:\n")
-                print(f"    {run_command(federation.flwr.home, dataset)}\n")
-                if args.data is not None and dataset is None:
-                    print(
-                        f"The command names no data set of the server, because {args.data} has no {cli.PARTITIONS}.\n"
-                        "Add dataset='...' to --run-config unless the nodes' images are from the app's default one.\n"
-                    )
-                print(f"Run directories are in {federation.state}/outputs. Ctrl-C stops the federation.", flush=True)
-                while True:
-                    time.sleep(1)
-        except KeyboardInterrupt:
-            pass
-        except (FederationError, OSError) as error:
-            sys.exit(f"error: {error}")
+    try:
+        with Federation(args.state, args.nodes, args.data) as federation:
+            print(f"All {args.nodes} SuperNodes are online. To run the app:\n")
+            print(f"    {run_command(federation.flwr.home, federation.settings)}\n")
+            print(f"Run directories are in {federation.state}/outputs. Ctrl-C stops the federation.", flush=True)
+            while True:
+                time.sleep(1)
+    except KeyboardInterrupt:
+        pass
+    except (UserError, OSError) as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
+    cli.interrupt_on_signals()
     main()

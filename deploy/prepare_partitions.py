@@ -2,28 +2,27 @@
 
     python -m deploy.prepare_partitions --nodes 3 --out partitions
 
-writes `partitions/node-0`, `partitions/node-1`, ... with the Dirichlet or the IID partitioner, from any data
-set whose columns the app finds without `image-column` and `label-column`. `partitions/labels.png` shows the
-number of images of each class on each node. `partitions/partitions.json` records the data set and the
-settings: `deploy.local_federation --data` reads it. Send each folder to its own node only.
+writes `partitions/node-0`, `partitions/node-1`, ... with the Dirichlet or the IID partitioner, from any data set whose
+columns the app finds without `image-column` and `label-column`. `partitions/labels.png` shows the number of images of
+each class on each node. `partitions/partitions.json` records the settings: `deploy.local_federation --data` reads it.
+Send each folder to its own node only.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
+import sys
+import tempfile
 import tomllib
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from deploy.cli import PARTITIONS, PROJECT
-from pytorch_example_low_level.config import RunConfig, UserError
+from flwr.app import Context, RecordDict
+
+from deploy.cli import PARTITIONS, PROJECT, interrupt_on_signals
+from pytorch_example_low_level.config import RunConfig, UserError, explained
 from pytorch_example_low_level.images import opened, partitions, rows_of_partition
-from pytorch_example_low_level.sources import BUNDLED
-
-if TYPE_CHECKING:
-    from flwr_datasets.partitioner import Partitioner
+from pytorch_example_low_level.sources import ALLOWED, BUNDLED
 
 
 def main() -> None:
@@ -39,57 +38,58 @@ def main() -> None:
     if args.nodes < 1:
         parser.error("--nodes must be at least 1")
     try:
-        args.out.mkdir(parents=True)
-    except FileExistsError:
-        parser.error(f"--out: {args.out} exists; choose a new folder")
-    try:
         write_partitions(args.out, args.nodes, args.dataset, args.partitioner, args.alpha, args.seed)
-    except BaseException as error:
-        shutil.rmtree(args.out)  # leave no incomplete partitions
-        if isinstance(error, UserError | ValueError):
-            parser.error(str(error))
-        raise
+    except KeyboardInterrupt:
+        sys.exit("error: interrupted; nothing is written")
+    except UserError as error:
+        sys.exit(f"error: {error}")
 
 
 def write_partitions(out: Path, nodes: int, dataset: str, partitioner: str, alpha: float, seed: int) -> None:
-    """Save the partitions that a simulation with this many nodes would use, a record and a plot of their labels."""
+    """Save the partitions that a simulation with this many nodes would use, a record and a plot of their labels.
+
+    The folder appears when it is complete. Raises UserError.
+    """
     import datasets
 
     defaults = tomllib.loads((PROJECT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
-    chosen = {"dataset": dataset, "partitioner": partitioner, "dirichlet-alpha": alpha, "seed": seed}
-    config = RunConfig.model_validate(defaults | chosen)
-    rows = [rows_of_partition(config, nodes, index) for index in range(nodes)]  # before any is written: one may fail
-    source, _ = opened(config)
-    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=source.class_names)}
-    images = source.splits["train"].cast(datasets.Features(features))
-    for index, chosen_rows in enumerate(rows):
-        images.select(chosen_rows).save_to_disk(out / f"node-{index}")
-        print(f"{index + 1}/{nodes}: {len(chosen_rows)} images", flush=True)
-    how = f"Dirichlet, α = {alpha:g}" if partitioner == "dirichlet" else "IID"
-    plot_labels(out / "labels.png", partitions(config, nodes), f"Images of each class on {nodes} nodes ({how})")
     # The ServerApp runs in another directory, so a folder is recorded with its absolute path.
     folder = Path(dataset).expanduser()
-    where = str(folder.resolve()) if dataset != BUNDLED and folder.is_dir() else dataset
-    record = chosen | {"dataset": where, "num-partitions": nodes}
-    (out / PARTITIONS).write_text(json.dumps(record, indent=2) + "\n")
+    dataset = str(folder.resolve()) if dataset != BUNDLED and folder.is_dir() else dataset
+    chosen = {"dataset": dataset, "partitioner": partitioner, "dirichlet-alpha": alpha, "seed": seed}
+    config = RunConfig.from_context(Context(0, 0, {}, RecordDict(), defaults | chosen))
+    with explained(f"Cannot write {out}", " -- Allowed: a new folder"):
+        if out.exists():
+            raise UserError("it exists")
+        out.parent.mkdir(parents=True, exist_ok=True)
+    with explained(f"Cannot use dataset {dataset!r} for {nodes} nodes", ALLOWED):
+        rows = [rows_of_partition(config, nodes, index) for index in range(nodes)]
+        source, _ = opened(config)
+        features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=source.class_names)}
+        images = source.splits["train"].cast(datasets.Features(features))
+    with explained(f"Cannot write {out}"), tempfile.TemporaryDirectory(prefix=".", dir=out.parent) as made:
+        (parts := Path(made) / "parts").mkdir()
+        for index, chosen_rows in enumerate(rows):
+            images.select(chosen_rows).save_to_disk(parts / f"node-{index}")
+            print(f"{index + 1}/{nodes}: {len(chosen_rows)} images", flush=True)
+        plot_labels(parts / "labels.png", config, nodes)
+        (parts / PARTITIONS).write_text(json.dumps(chosen | {"num-partitions": nodes}, indent=2) + "\n")
+        parts.rename(out)
 
 
-def plot_labels(path: Path, partitioning: Partitioner, title: str) -> None:
+def plot_labels(path: Path, config: RunConfig, nodes: int) -> None:
     """Plot the number of images of each class on each node, with flwr-datasets' plot function."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
     from flwr_datasets.visualization import plot_label_distributions
 
-    style = {"plot_kwargs": {"width": 0.8}, "legend_kwargs": {"fontsize": 8}, "cmap": "tab10"}
-    size = (max(7.0, 0.22 * partitioning.num_partitions), 4.5)
+    how = f"Dirichlet, α = {config.dirichlet_alpha:g}" if config.partitioner == "dirichlet" else "IID"
+    title, size = f"Images of each class on {nodes} nodes ({how})", (max(7.0, 0.22 * nodes), 4.5)
     figure, axes, _ = plot_label_distributions(
-        partitioning, "label", legend=True, verbose_labels=True, title=title, figsize=size, **style
+        partitions(config, nodes), "label", title=title, figsize=size, legend=True, cmap="tab10"
     )
     axes.set(xlabel="partition", ylabel="images")
-    axes.tick_params(axis="x", labelsize=7)
     figure.savefig(path, dpi=110, bbox_inches="tight")
 
 
 if __name__ == "__main__":
+    interrupt_on_signals()
     main()

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import signal
 import ssl
 import subprocess
@@ -19,26 +18,16 @@ import psutil
 import pytest
 from cryptography import x509
 
+from benchmarks.simulation import command_of
 from deploy import prepare_partitions
-from deploy.cli import (
-    PROJECT,
-    STOP_SIGNALS,
-    FederationError,
-    FlowerCli,
-    command_of,
-    family,
-    free_port,
-    start,
-    stop,
-    wait_for,
-)
-from deploy.keys import HOST, VALID_FOR, make_certificates, make_node_key
-from deploy.local_federation import Federation, dataset_of, run_command
+from deploy.cli import PROJECT, STOP_SIGNALS, family, stop, wait_for
+from deploy.keys import VALID_FOR, make_certificates, make_node_key
+from deploy.local_federation import Federation, run_command, settings_of
 from deploy.prepare_partitions import write_partitions
 from pytorch_example_low_level import images
-from tests.conftest import alive, results
+from pytorch_example_low_level.config import UserError
+from tests.conftest import alive
 from tests.grid import typed_config
-from tests.test_docs import DEPLOYMENT, section
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -46,10 +35,9 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 # ---------------------------------------------------------------------- Starting and stopping
 
 
-def local_federation(state: Path, *options: str) -> subprocess.Popen[str]:
-    """Start the command in a state in which no signal is ignored, as under `nohup`, or in the background."""
-    command = [sys.executable, "-m", "deploy.local_federation", "--nodes", "1", "--state", str(state), *options]
-    out, err = subprocess.PIPE, subprocess.STDOUT
+def start_command(name: str, *options: str) -> subprocess.Popen[str]:
+    """Start a command in a state in which no signal is ignored, as under `nohup`, or in the background."""
+    command, out, err = [sys.executable, "-m", f"deploy.{name}", *options], subprocess.PIPE, subprocess.STDOUT
 
     def defaults() -> None:
         for each in STOP_SIGNALS:
@@ -58,12 +46,16 @@ def local_federation(state: Path, *options: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=PROJECT, stdout=out, stderr=err, text=True, preexec_fn=defaults)  # noqa: PLW1509 (it takes no lock)
 
 
-def read_until(process: subprocess.Popen[str], text: str) -> str:
+def local_federation(state: Path) -> subprocess.Popen[str]:
+    return start_command("local_federation", "--nodes", "1", "--state", str(state))
+
+
+def read_until(process: subprocess.Popen[str], text: str) -> None:
     read = ""
     for line in process.stdout:
         read += line
         if text in line:
-            return read
+            return
     raise AssertionError(read)
 
 
@@ -73,32 +65,68 @@ def using(state: Path) -> list[str]:
     return [command for command in commands if str(state) in command]
 
 
-def stop_by(name: str, process: subprocess.Popen[str], state: Path) -> str:
-    """Stop the command by a signal, check that nothing is left, and return what it printed."""
+def stop_by(name: str, process: subprocess.Popen[str]) -> str:
+    """Stop a command by a signal, check that nothing is left, and return what it printed."""
     started = [each.pid for each in family(process.pid)]
-    assert len(started) > 1
     for _ in range(2):  # an impatient user
         process.send_signal(signal.Signals[name])
         time.sleep(0.1)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0, output
     assert "Stopping ..." in output
     assert "Traceback" not in output
-    assert not using(state)
     assert not alive(started)
     return output
 
 
-@pytest.fixture(scope="module")
-def killed(tmp_path_factory):
-    """The state of a federation whose command was killed; the ends of two others that were started on it.
-
-    One was started while everything of the first was there, and one when its command was killed.
+def test_a_program_ends_at_a_signal_with_all_that_it_has_started(tmp_path):
+    """Even if the signal comes before the program has stored the process."""
+    code = """if True:
+        import os, signal, sys
+        from pathlib import Path
+        from deploy.cli import interrupt_on_signals, start
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under `nohup`
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        interrupt_on_signals()
+        try:
+            start(["sh", "-c", "sleep 600 & echo $$ $! && wait"], Path(), os.environ, Path("log"))
+            while not Path("log").read_text():
+                pass
+            os.kill(os.getpid(), signal.SIGHUP)
+            print("goes on")
+            os.kill(os.getpid(), signal.SIGTERM)
+        except KeyboardInterrupt:
+            os.kill(os.getpid(), signal.SIGINT)
+            print("cleans up")
     """
-    state = tmp_path_factory.mktemp("killed") / "state"
-    first = local_federation(state)
-    started: set[int] = set()
-    ends = []
+    command, env = [sys.executable, "-c", code], os.environ | {"PYTHONPATH": str(PROJECT)}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "goes on\ncleans up\n", "\nStopping ...\n")
+    started = {int(pid) for pid in (tmp_path / "log").read_text().split()}
+    assert len(started) == 2
+    assert not alive(started)
+
+
+@pytest.fixture(scope="module")
+def state(tmp_path_factory) -> Path:
+    """A folder that one federation after the other uses."""
+    return tmp_path_factory.mktemp("signals") / "state"
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGHUP"])
+def test_a_stop_signal_stops_everything_even_during_the_start(state, name):
+    process = local_federation(state)
+    try:
+        wait_for(lambda: any("flower-superlink" in command_of(each) for each in family(process.pid)))
+        stop_by(name, process)
+        assert process.returncode == 0
+        assert not using(state)
+    finally:
+        stop(process)
+
+
+def test_a_federation_whose_command_was_killed_is_found_and_can_be_started_again(state):
+    first, started = local_federation(state), set()
     try:
         read_until(first, "Ctrl-C stops the federation")
         started = {each.pid for each in family(first.pid)}
@@ -108,58 +136,29 @@ def killed(tmp_path_factory):
                 first.wait()
             other = local_federation(state)
             output, _ = other.communicate(timeout=60)
-            ends.append((other.returncode, output))
-        (kill,) = re.findall(r"`(kill [\d ]+)`", ends[1][1])
+            assert other.returncode == 1
+            refused = (
+                rf"error: another local federation uses {state}; stop it with `(kill [\d ]+)`, or choose .* --state\n"
+            )
+            (kill,) = re.fullmatch(refused, output).groups()
+            assert (str(first.pid) in kill.split()) == command_lives
         subprocess.run(shlex.split(kill), check=True)
         wait_for(lambda: not using(state))
     finally:
         for pid in alive(started):
             os.kill(pid, signal.SIGKILL)
         stop(first)
-    return state, first.pid, ends
-
-
-@pytest.fixture(scope="module")
-def restarted(killed):
-    """The federation that was killed, started again while other tests run.
-
-    That takes a minute: for so long, the SuperLink takes the killed SuperNode for online. Tests that take as long
-    stand before the last one, which needs it.
-    """
-    process = local_federation(killed[0])
-    yield process
-    stop(process)
-
-
-@pytest.mark.usefixtures("restarted")
-def test_a_second_federation_is_refused_while_the_first_lives(killed):
-    state, pid, ((code, output), (code_later, output_later)) = killed
-    assert (code, code_later) == (1, 1)
-    error = f"error: another local federation uses {state}; stop it with `kill {{}}`, or choose another folder"
-    assert output == f"{error.format(pid)} with --state\n"
-    ids = re.search(r"`kill ([\d ]+)`", output_later).group(1)
-    assert output_later == f"{error.format(ids)} with --state\n"
-    assert str(pid) not in ids.split()
-
-
-@pytest.fixture(scope="module")
-def state(tmp_path_factory) -> Path:
-    """A folder that one federation after the other uses."""
-    return tmp_path_factory.mktemp("signals") / "state"
-
-
-# A signal when the nodes are online: see the last test.
-@pytest.mark.parametrize("name", ["SIGINT", "SIGHUP"])
-def test_a_stop_signal_stops_everything_even_during_the_start(state, name):
-    process = local_federation(state)
+    again = local_federation(state)
     try:
-        wait_for(lambda: any("flower-superlink" in command_of(each) for each in family(process.pid)))
-        stop_by(name, process, state)
+        read_until(again, "Ctrl-C stops the federation")
+        stop_by("SIGTERM", again)
+        assert again.returncode == 0
+        assert not using(state)
     finally:
-        stop(process)
+        stop(again)
 
 
-# ------------------------------------------------------------------------- Files and commands
+# ------------------------------------------------------------------------- Certificates and keys
 
 
 def handshake(folder: Path, name: str) -> None:
@@ -212,142 +211,99 @@ def test_keys_of_two_hosts_whose_names_begin_alike_do_not_replace_each_other(tmp
 
 
 def test_keys_of_an_interrupted_call_are_made_again(tmp_path):
-    (tmp_path / "server.key").touch()
-    (tmp_path / "node.pub").touch()
+    for name in ("server.key", "node.pub", "ca.crt.part", "node.part"):
+        (tmp_path / name).touch()
     make_certificates(tmp_path)
     make_node_key(tmp_path / "node")
-    names = ("server.key", "server.crt", "ca.crt", "node", "node.pub")
-    assert all((tmp_path / name).stat().st_size for name in names)
+    assert {path.name for path in tmp_path.iterdir()} == {"server.key", "server.crt", "ca.crt", "node", "node.pub"}
+    assert all(path.stat().st_size for path in tmp_path.iterdir())
+    assert (tmp_path / "node").stat().st_mode & 0o077 == 0
 
 
-def test_partitions_are_written_for_each_node_and_never_over_others(tmp_path, tiny_dataset, monkeypatch, capsys):
-    options = ["--nodes", "3", "--dataset", tiny_dataset, "--out", str(tmp_path / "parts")]
-    monkeypatch.setattr(sys, "argv", ["prepare_partitions", *options])
+# ---------------------------------------------------------------------------------- Partitions
+
+
+def prepare(monkeypatch, dataset: str, *options: str) -> None:
+    arguments = ["--nodes", "3", "--dataset", dataset, "--out", "parts", *options]
+    monkeypatch.setattr(sys, "argv", ["prepare_partitions", *arguments])
     prepare_partitions.main()
-    made = {p.name for p in (tmp_path / "parts").iterdir()}
+
+
+def test_partitions_are_written_for_each_node(tmp_path, tiny_dataset, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prepare(monkeypatch, tiny_dataset, "--seed", "7")
+    assert {path.name for path in tmp_path.iterdir()} == {"parts"}
+    made = {path.name for path in (tmp_path / "parts").iterdir()}
     assert made == {"node-0", "node-1", "node-2", "labels.png", "partitions.json"}
-    assert json.loads((tmp_path / "parts" / "partitions.json").read_text()) == {
-        "dataset": tiny_dataset, "partitioner": "dirichlet", "dirichlet-alpha": 1.0, "seed": 42, "num-partitions": 3,
-    }  # fmt: skip
-    with pytest.raises(SystemExit) as error:
-        prepare_partitions.main()
-    assert error.value.code == 2
-    assert "exists" in capsys.readouterr().err
+    settings = {"dataset": tiny_dataset, "partitioner": "dirichlet", "dirichlet-alpha": 1.0, "seed": 7}
+    assert json.loads((tmp_path / "parts" / "partitions.json").read_text()) == settings | {"num-partitions": 3}
+    assert settings_of(tmp_path / "parts", 3) == settings
+    for nodes, odd in ((2, "node-2"), (4, "node-3")):
+        with pytest.raises(UserError, match=rf"parts has 3 folders of nodes, and {nodes} nodes need .* \(see {odd}\)"):
+            Federation(tmp_path / "state", nodes, tmp_path / "parts")
+    assert not (tmp_path / "state").exists()
 
 
 @pytest.mark.parametrize("typed", ["fashion-mnist-sample", "./tiny", "an/unknown-name"])
 def test_the_record_names_a_data_set_so_that_the_server_finds_it(typed, tiny_dataset, tmp_path, monkeypatch):
     (tmp_path / "tiny").symlink_to(tiny_dataset)
+    (tmp_path / "fashion-mnist-sample").mkdir()
     monkeypatch.chdir(tmp_path)
     tiny = typed_config(dataset=tiny_dataset, partitioner="iid")
-    for name in ("opened", "partitions", "rows_of_partition"):
+    for name in ("opened", "rows_of_partition"):
         real = getattr(images, name)
         monkeypatch.setattr(prepare_partitions, name, lambda config, *args, real=real: real(tiny, *args))
     monkeypatch.setattr(prepare_partitions, "plot_labels", lambda *args: None)  # it takes seconds
     write_partitions(tmp_path / "parts", 2, typed, "iid", 1.0, 42)
-    assert dataset_of(tmp_path / "parts") == (tiny_dataset if typed == "./tiny" else typed)
+    assert settings_of(tmp_path / "parts", 2)["dataset"] == (tiny_dataset if typed == "./tiny" else typed)
 
 
-def test_a_failed_preparation_leaves_nothing_and_can_be_repeated(tmp_path, monkeypatch, capsys):
-    def full(*args: object) -> None:
-        (tmp_path / "parts" / "node-0").mkdir()
-        raise ValueError("too few images")
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--alpha", "0"], "dirichlet-alpha: Input should be greater than or equal to 0.001; it is 0.0"),
+        (["--dataset", "an/unknown-name"], "Cannot use dataset 'an/unknown-name' for 3 nodes: Couldn't reach"),
+        (["--nodes", "100"], "120 training images are too few for 100 nodes"),
+        (["--out", "file/parts"], "Cannot write file/parts: .* -- Allowed: a new folder"),
+        (["--out", "file"], "Cannot write file: it exists -- Allowed: a new folder"),
+    ],
+)
+def test_a_failed_preparation_says_why_and_leaves_nothing(options, said, tiny_dataset, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match=rf"(?s)^error: .*{said}"):
+        prepare(monkeypatch, tiny_dataset, *options)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
-    monkeypatch.setattr(prepare_partitions, "write_partitions", full)
-    monkeypatch.setattr(sys, "argv", ["prepare_partitions", "--nodes", "2", "--out", str(tmp_path / "parts")])
-    for _ in range(2):
-        with pytest.raises(SystemExit):
-            prepare_partitions.main()
-        assert "error: too few images" in capsys.readouterr().err
-    assert not (tmp_path / "parts").exists()
+
+def test_an_interrupted_preparation_leaves_nothing(tmp_path, tiny_dataset):
+    options = ["--nodes", "20", "--partitioner", "iid", "--dataset", tiny_dataset, "--out", str(tmp_path / "parts")]
+    process = start_command("prepare_partitions", *options)
+    try:
+        read_until(process, "1/20: ")
+        assert list(tmp_path.iterdir())
+        assert "error: interrupted; nothing is written" in stop_by("SIGTERM", process)
+        assert process.returncode == 1
+        assert not list(tmp_path.iterdir())
+    finally:
+        stop(process)
 
 
-def test_a_broken_record_is_an_error_and_a_missing_one_is_none(tmp_path):
-    assert dataset_of(tmp_path) is None
+def test_a_broken_record_is_refused_and_a_missing_one_leaves_the_data_set_open(tmp_path):
+    assert settings_of(tmp_path, 0) == {"dataset": "..."}
     for content in ("{", "[]", "{}"):
         (tmp_path / "partitions.json").write_text(content)
-        with pytest.raises(FederationError, match=r"partitions\.json has no valid record; create .* again"):
-            dataset_of(tmp_path)
+        with pytest.raises(UserError, match=r"partitions\.json has no valid record; create .* again"):
+            settings_of(tmp_path, 0)
 
 
-@pytest.mark.parametrize("dataset", [None, "fashion-mnist-sample", "/a $HOME/with `date` and \\t", "/it's $HOME/\\t"])
-def test_the_printed_command_gives_flower_the_data_set(dataset, tmp_path):
-    command = run_command(tmp_path / "a folder", dataset)
+@pytest.mark.parametrize("dataset", ["fashion-mnist-sample", "/a $HOME/with `date` and \\t", "/it's $HOME/\\t"])
+def test_the_printed_command_gives_flower_the_settings(dataset, tmp_path):
+    settings = {"dataset": dataset, "partitioner": "iid", "dirichlet-alpha": 1.0, "seed": 7}
+    command = run_command(tmp_path / "a folder", settings)
     assert re.search(r'--run-config "query-timeout=30\.0.*"$', command)  # one string: a key can be added
     script = f'flwr() {{ printf "%s\\n" "$FLWR_HOME" "$@"; }}\n{command}'
     printed = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout.splitlines()
     assert printed[:4] == [str(tmp_path / "a folder"), "run", str(PROJECT), "--stream"]
     config = tomllib.loads("\n".join(re.findall(r"""\S+?=(?:'[^']*'|"[^"]*"|\S+)""", printed[-1])))
-    assert config == {"query-timeout": 30.0} | ({} if dataset is None else {"dataset": dataset})
-
-
-def test_more_nodes_than_folders_are_refused_before_anything_starts(tmp_path):
-    for index in (0, 2):
-        (tmp_path / "data" / f"node-{index}").mkdir(parents=True)
-    with pytest.raises(FederationError, match="data has no folder node-1, but each of the 3 nodes needs its own"):
-        Federation(tmp_path / "state", 3, tmp_path / "data")
-    assert not (tmp_path / "state").exists()
-
-
-# --------------------------------------------------------------------------- Several machines
-
-
-def test_the_steps_for_several_machines_work(tmp_path, tiny_dataset):
-    """Server, node and desk are folders here, each with the files that the steps give it."""
-    server, node, desk = (tmp_path / name for name in ("server", "node", "desk"))
-    home = {folder: FlowerCli(folder / ".flwr").env for folder in (server, node, desk)}
-    write_partitions(tmp_path / "parts", 1, tiny_dataset, "iid", 1.0, 42)
-    port = free_port()
-    settings = "num-server-rounds=1 min-available-nodes=1 min-train-nodes=1 opt-in-probability=0.0 use-wandb=false"
-    here = {
-        "server.example.org": HOST, "0.0.0.0": HOST, "8000": str(port), "/path/to/ca.crt": str(desk / "ca.crt"),
-        "/path/to/data": str(tmp_path / "parts" / "node-0"),
-        '"query-timeout=30.0"': f"\"query-timeout=30.0 dataset='{tiny_dataset}' {settings}\"",
-    }  # fmt: skip
-    steps = section(DEPLOYMENT, "## Several machines")
-    for there, ours in here.items():
-        assert there in steps
-        steps = steps.replace(there, ours)
-    commands = re.findall(r"`((?:python -c|flower-\w+|flwr \w+) [^`]+)`", steps)
-    certificates, key, superlink, register, supernode, run = map(shlex.split, commands)
-
-    def do(command: list[str], cwd: Path, env: dict[str, str]) -> str:
-        done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-    processes = []
-    try:
-        for folder in (server, node):  # so that `python -c` finds this checkout
-            home[folder]["PYTHONPATH"] = str(PROJECT)
-        do(certificates, server, home[server])
-        do(key, node, home[node])
-        for folder in (node, desk):
-            shutil.copy(server / "certificates" / "ca.crt", folder)
-        shutil.copy(node / "node-key.pub", desk)
-        (configuration,) = re.findall(r"```toml\n(.*?)```", steps, re.DOTALL)
-        (desk / ".flwr" / "config.toml").write_text(configuration)
-
-        processes.append(start(superlink, server, home[server], server / "log"))
-        nodes = ["flwr", "supernode", "ls", "production", "--format", "json"]
-        wait_for(lambda: "Uvicorn running" in (server / "log").read_text())
-        wait_for(lambda: '"success": true' in FlowerCli(desk / ".flwr")(*nodes[1:]), pause=2)
-        do(register, desk, home[desk])
-        processes.append(start([*supernode, "--port", str(free_port())], node, home[node], node / "log"))
-        wait_for(lambda: json.loads(do(nodes, desk, home[desk]))["nodes"][0]["status"] == "online", pause=2)
-        log = do(run, PROJECT, home[desk])
-    finally:
-        stop(*reversed(processes))
-    (directory,) = (server / "outputs").glob("*/*")
-    row = results(directory)[1]
-    assert (row["nodes_available"], row["train_received"]) == (1, 1), log
-    assert (row["query_sent"], row["opted_in"]) == (1, 0)  # test_deployment.py has an evaluation
-    assert (directory / "final_model.pt").exists()
-
-
-# ------------------------------------------------------------------------------- Once more
-
-
-def test_a_federation_starts_again_after_it_was_killed_and_stops_at_sigterm(killed, restarted):
-    read_until(restarted, "Ctrl-C stops the federation")
-    stop_by("SIGTERM", restarted, killed[0])
+    assert config == {"query-timeout": 30.0} | settings

@@ -18,9 +18,9 @@ import pytest
 import torch
 from flwr.app import Error, Message
 
-from benchmarks.simulation import FinishedRun
+from benchmarks.simulation import FinishedRun, command_of
 from benchmarks.watched import repeatedly
-from deploy.cli import command_of, family
+from deploy.cli import family
 from pytorch_example_low_level import client_app
 from tests.conftest import model, same_bits
 from tests.grid import InProcessGrid

@@ -1,6 +1,6 @@
-"""The steps of docs/deployment.md for several machines, as they are written, on four hosts with addresses and names.
+"""The steps of docs/deployment.md for several machines: on one host, and as they are written on four hosts with names.
 
-The hosts are network namespaces, which only root can create: pytest -m network
+The four hosts are network namespaces, which only root can create: pytest -m network
 """
 
 import json
@@ -14,15 +14,17 @@ from pathlib import Path
 
 import pytest
 
-from deploy.cli import FlowerCli, start, stop, wait_for
+from deploy.cli import PROJECT, FlowerCli, free_port, start, stop, wait_for
+from deploy.keys import HOST
 from deploy.prepare_partitions import write_partitions
 from tests.conftest import results
-from tests.grid import PROJECT
 from tests.test_docs import DEPLOYMENT, section
 
 HOSTS = {"server": "10.77.0.1", "node-a": "10.77.0.2", "node-b": "10.77.0.3", "desk": "10.77.0.4"}
 NAMES = "127.0.0.1 localhost\n10.77.0.1 server.example.org\n"
 BRIDGE = "flower-test"
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 
 def ip(*arguments: str, check: bool = True) -> bool:
@@ -36,22 +38,13 @@ def allowed() -> bool:
     return ip("netns", "del", "flower-try", check=False)
 
 
-pytestmark = [
-    pytest.mark.network,
-    pytest.mark.e2e,
-    pytest.mark.timeout(600),
-    pytest.mark.skipif(not allowed(), reason="only root can create network namespaces"),
-]
-
-
 @pytest.fixture
-def hosts(tmp_path) -> Iterator[dict[str, Path]]:
-    """The home folder of each host. `ip netns exec` gives a process /etc/netns/NAME/hosts as its /etc/hosts."""
+def hosts() -> Iterator[list[str]]:
+    """The beginning of a command on a host. It gives a process /etc/netns/NAME/hosts as its /etc/hosts."""
     ip("link", "add", BRIDGE, "type", "bridge")
     ip("link", "set", BRIDGE, "up")
     try:
         for name, address in HOSTS.items():
-            (tmp_path / name).mkdir()
             (Path("/etc/netns") / name).mkdir(parents=True)
             (Path("/etc/netns") / name / "hosts").write_text(NAMES)
             ip("netns", "add", name)
@@ -60,7 +53,7 @@ def hosts(tmp_path) -> Iterator[dict[str, Path]]:
             ip("-n", name, "address", "add", f"{address}/24", "dev", "eth0")
             for device in ("eth0", "lo"):
                 ip("-n", name, "link", "set", device, "up")
-        yield {name: tmp_path / name for name in HOSTS}
+        yield ["ip", "netns", "exec"]
     finally:
         for name in HOSTS:
             ip("netns", "del", name, check=False)
@@ -68,56 +61,75 @@ def hosts(tmp_path) -> Iterator[dict[str, Path]]:
         ip("link", "del", BRIDGE, check=False)
 
 
-def test_the_steps_work_as_they_are_written(hosts, tmp_path, tiny_dataset):
-    write_partitions(tmp_path / "parts", 2, tiny_dataset, "iid", 1.0, 42)
-    steps = section(DEPLOYMENT, "## Several machines")
-    settings = f"query-timeout=30.0 dataset='{tiny_dataset}' num-server-rounds=1 opt-in-probability=1.0 use-wandb=false"
-    steps = steps.replace('"query-timeout=30.0"', f'"{settings}"')
-    commands = re.findall(r"`((?:python -c|flower-\w+|flwr \w+) [^`]+)`", steps)
+def walk_through(steps: str, folder: Path, dataset: str, nodes: list[str], on_host: list[str]) -> None:
+    """Follow the steps. Each host has a home folder, with the files that the steps give it, and nothing else."""
+    write_partitions(folder / "parts", len(nodes), dataset, "iid", 1.0, 42)
+    settings = f"num-server-rounds=1 min-available-nodes={len(nodes)} min-train-nodes={len(nodes)} use-wandb=false"
+    ours = f"\"query-timeout=60.0 dataset='{dataset}' opt-in-probability=1.0 {settings}\""
+    assert '"query-timeout=30.0"' in steps
+    commands = re.findall(r"`((?:python -c|flower-\w+|flwr \w+) [^`]+)`", steps.replace('"query-timeout=30.0"', ours))
     certificates, key, superlink, register, supernode, run = map(shlex.split, commands)
-    env = {name: {k: v for k, v in FlowerCli(home / ".flwr").env.items() if k != "FLWR_HOME"} | {"HOME": str(home)}
-           for name, home in hosts.items()}  # fmt: skip
+    (configuration,) = re.findall(r"```toml\n(.*?)```", steps, re.DOTALL)
+    homes = {name: folder / name for name in ("server", *nodes, "desk")}
+    env = {}
+    for name, home in homes.items():
+        env[name] = FlowerCli(home / ".flwr").env | {"HOME": str(home), "PYTHONPATH": str(PROJECT)}  # as in a clone
+        del env[name]["FLWR_HOME"]  # it is ~/.flwr
+    data = {name: str(folder / "parts" / f"node-{index}") for index, name in enumerate(nodes)}
 
     def there(name: str, command: list[str]) -> list[str]:
         """The command, as a command on a host, with the path that the host has."""
-        data = str(tmp_path / "parts" / ("node-1" if name == "node-b" else "node-0"))
-        return ["ip", "netns", "exec", name, *(word.replace("/path/to/data", data) for word in command)]
+        prefix = [*on_host, name] if on_host else []
+        return prefix + [word.replace("/path/to/data", data.get(name, "")) for word in command]
 
     def do(name: str, command: list[str], cwd: Path | None = None) -> str:
         done = subprocess.run(
-            there(name, command), cwd=cwd or hosts[name], env=env[name], capture_output=True, text=True, check=False
+            there(name, command), cwd=cwd or homes[name], env=env[name], capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
+    def online() -> bool:
+        listed = json.loads(do("desk", ["flwr", "supernode", "ls", "production", "--format", "json"]))["nodes"]
+        return [node["status"] for node in listed] == ["online"] * len(nodes)
+
     processes = []
     try:
-        for name in ("server", "node-a", "node-b"):  # "in a clone of this repository"
-            env[name]["PYTHONPATH"] = str(PROJECT)
         do("server", certificates)
-        for name in ("node-a", "node-b"):
+        for name in nodes:
             do(name, key)
-        for name in ("node-a", "node-b", "desk"):
-            shutil.copy(hosts["server"] / "certificates" / "ca.crt", hosts[name])
-        (configuration,) = re.findall(r"```toml\n(.*?)```", steps, re.DOTALL)
-        configuration = configuration.replace("/path/to/ca.crt", str(hosts["desk"] / "ca.crt"))
-        (hosts["desk"] / ".flwr" / "config.toml").write_text(configuration)
-        processes.append(start(there("server", superlink), hosts["server"], env["server"], hosts["server"] / "log"))
-        wait_for(lambda: "Uvicorn running" in (hosts["server"] / "log").read_text())
-        for name in ("node-a", "node-b"):
-            shutil.copy(hosts[name] / "node-key.pub", hosts["desk"])
+        for name in (*nodes, "desk"):
+            shutil.copy(homes["server"] / "certificates" / "ca.crt", homes[name])
+        configuration = configuration.replace("/path/to/ca.crt", str(homes["desk"] / "ca.crt"))
+        (homes["desk"] / ".flwr" / "config.toml").write_text(configuration)
+        processes.append(start(there("server", superlink), homes["server"], env["server"], homes["server"] / "log"))
+        wait_for(lambda: "Uvicorn running" in (homes["server"] / "log").read_text())
+        for name in nodes:
+            shutil.copy(homes[name] / "node-key.pub", homes["desk"])
             do("desk", register)
-            processes.append(start(there(name, supernode), hosts[name], env[name], hosts[name] / "log"))
-
-        def online() -> bool:
-            listed = json.loads(do("desk", ["flwr", "supernode", "ls", "production", "--format", "json"]))["nodes"]
-            return [node["status"] for node in listed] == ["online", "online"]
-
+            processes.append(start(there(name, supernode), homes[name], env[name], homes[name] / "log"))
         wait_for(online, pause=2)
         log = do("desk", run, PROJECT)
     finally:
-        stop(*reversed(processes))
-    (directory,) = (hosts["server"] / "outputs").glob("*/*")
+        stop(*processes)
+    (directory,) = (homes["server"] / "outputs").glob("*/*")
     row = results(directory)[1]
-    assert (row["nodes_available"], row["train_received"], row["evaluate_received"]) == (2, 2, 2), log
+    assert [row[key] for key in ("nodes_available", "train_received", "evaluate_received")] == [len(nodes)] * 3, log
     assert (directory / "final_model.pt").exists()
+
+
+def test_the_steps_work_with_the_addresses_of_one_host(tmp_path, tiny_dataset):
+    steps = section(DEPLOYMENT, "## Several machines")
+    here = {"server.example.org": HOST, "0.0.0.0": HOST, "8000": str(free_port())}
+    here["`flower-supernode "] = f"`flower-supernode --port {free_port()} "  # of one that starts ClientApps
+    for written, ours in here.items():
+        assert written in steps
+        steps = steps.replace(written, ours)
+    walk_through(steps, tmp_path, tiny_dataset, ["node"], [])
+
+
+@pytest.mark.network
+@pytest.mark.skipif(not allowed(), reason="only root can create network namespaces")
+def test_the_steps_work_as_they_are_written_on_four_hosts(hosts, tmp_path, tiny_dataset):
+    steps = section(DEPLOYMENT, "## Several machines")
+    walk_through(steps, tmp_path, tiny_dataset, ["node-a", "node-b"], hosts)
