@@ -45,6 +45,14 @@ def test_the_best_round_is_the_first_with_the_highest_score(tmp_path):
     assert (state.best_round, state.best_score) == (6, 0.6)
 
 
+def test_the_evaluations_of_nodes_survive_a_power_cut(tmp_path, monkeypatch):
+    """They are on the disk before their round is committed."""
+    path, synced = tmp_path / "node_results.jsonl", []
+    monkeypatch.setattr(utils.os, "fsync", lambda descriptor: synced.append(path.read_text()))
+    utils.append_lines(path, [3])
+    assert synced == ["3\n"]
+
+
 def test_the_evaluations_of_nodes_hold_each_committed_round_once(tmp_path):
     """Lines are written before their round is committed, so a crash in between leaves lines that a resumed run cuts."""
     path = tmp_path / "node_results.jsonl"
