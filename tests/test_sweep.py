@@ -245,7 +245,7 @@ def test_a_result_that_cannot_be_written_is_a_failure(superlink, short_sleeps, m
 
 @pytest.mark.e2e
 @pytest.mark.parametrize("options", [["--in-process"], []], ids=["in process", "engine"])
-def test_ctrl_c_ends_the_runs_at_work_and_leaves_no_process(options, tiny_dataset, tmp_path):
+def test_a_stop_signal_ends_the_runs_at_work_and_leaves_no_process(options, tiny_dataset, tmp_path):
     out = tmp_path / "run"
     settings = f"num-server-rounds=1000 query-max-delay=0.0 dataset='{tiny_dataset}' partitioner='iid'"
     command = [sys.executable, "-m", "sweep", *options, "--jobs", "2", "--nodes", "2", "--run-config", settings]
@@ -257,7 +257,7 @@ def test_ctrl_c_ends_the_runs_at_work_and_leaves_no_process(options, tiny_datase
             wait_for(lambda: len(list(out.with_name("run-runs").glob("*/*/*/*/results.json"))) == 2, 120)
             started = [each.pid for each in family(process.pid)]
             assert len(started) > 2
-            process.send_signal(signal.SIGINT)
+            process.send_signal(signal.SIGTERM)  # as Ctrl-C, which a shell's background jobs ignore
             error = process.communicate(timeout=60)[1]
         assert f"Interrupted. 0 of 3 runs are in {out}.json. The same command continues." in error
         assert "Traceback" not in error
