@@ -19,11 +19,10 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.simulation import LocalSuperLink, few_images
-from benchmarks.watched import big_app, own_memory, watch
+from benchmarks.watched import PER_UNIT, big_app, own_memory, watch
 from deploy.cli import interrupt_on_signals
 
 CLASSES = 10
-BYTES_PER_UNIT = 4 * (512 + 1 + 10)  # of the first linear layer: its weights, its bias, and those of the last layer
 SETTINGS: dict[str, Any] = {"partitioner": "iid", "use_wandb": False}
 
 
@@ -55,7 +54,7 @@ def measure_large_model(superlink: LocalSuperLink, folder: Path, megabytes: int)
     """Run two rounds in which all nodes train the large model; return the table."""
     settings = SETTINGS | {"dataset": few_images(folder / "few", 200, 200), "num_server_rounds": 2, "nodes": 4}
     settings |= {"fraction_clients_train": 1.0, "opt_in_probability": 1.0}
-    app = big_app(folder / "app", int(megabytes * 1e6 / BYTES_PER_UNIT))
+    app = big_app(folder / "app", int(megabytes * 1e6 / (4 * PER_UNIT)))
     run = watch(superlink, memory=own_memory, app=app, **settings)
     replies = " and ".join(str(row["train_received"]) for row in run.run.results[1:])
     seconds = " and ".join(f"{row['seconds_total']:.0f}" for row in run.run.results[1:])

@@ -32,7 +32,7 @@ import torch
 
 from benchmarks.floor import WORKERS, Setting, measure_floor
 from benchmarks.simulation import LocalSuperLink
-from benchmarks.watched import BIG, ENGINE_APP, Watched, big_app, watch
+from benchmarks.watched import BIG, ENGINE_APP, PER_UNIT, Watched, big_app, watch
 from deploy.cli import interrupt_on_signals
 from pytorch_example_low_level import sources
 from pytorch_example_low_level.utils import replace_json
@@ -161,7 +161,7 @@ def measure_rounds(
     `big` is the app with a model of 25 MB.
     """
     app: dict[str, Any] = {"app": big} if big else {}
-    engine: dict[str, Any] = {"parameters": (512 + 11) * BIG} if big else {}
+    engine: dict[str, Any] = {"parameters": PER_UNIT * BIG} if big else {}
     floor, alone, busy = list[float](), list[float](), list[float]()
     rows: list[dict[str, Any]] = []
     for turn in range(1, turns + 1):

@@ -19,6 +19,7 @@ from deploy.cli import PROJECT, family
 
 ENGINE_APP = PROJECT / "benchmarks" / "engine_app"
 BIG = 12_000  # units of the first linear layer that give a model of 25 MB
+PER_UNIT = 512 + 1 + 10  # numbers: its weights, its bias, and those of the last layer
 
 
 @dataclass
