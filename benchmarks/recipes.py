@@ -5,12 +5,14 @@
 
 The nodes of a run work one after the other on the bundled images. Where some nodes are slow, the seconds are those of
 a simulated clock, which only waiting advances: a TRAIN message takes as long as the pace of the node says. OUT is
-written after every run, and the same command continues after an interruption.
+written after every run, and the same command continues after an interruption. Runs of other code or settings are done
+again.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
 import shutil
@@ -25,13 +27,12 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.seeds import COLOURS, Rows
+from pytorch_example_low_level.config import CODE
 from pytorch_example_low_level.utils import replace_json
-from recipes import PACKAGE
+from recipes import PACKAGE, all_blocks
 from tests.grid import PROJECT, InProcessGrid
 from tests.recipes import PacedGrid, changed_app, run
-
-Rows = list[dict[str, Any]]  # a run's results.json
-COLOURS = ("#0072B2", "#D55E00", "#009E73")  # Okabe and Ito: safe for the colour-blind
 
 
 @dataclass
@@ -203,25 +204,36 @@ def one_text(folder: Path) -> Path:
     return folder
 
 
+def origin(experiment: Experiment, variant: Variant) -> str:
+    """Return a digest of the code and the settings on which the runs of a variant depend."""
+    code = [CODE.partition(" ")[0], (PROJECT / "pyproject.toml").read_text()]
+    changes = [all_blocks()[recipe] for recipe in variant.recipes]
+    settings = [experiment.nodes, experiment.slow, experiment.config, variant.config, variant.one_place]
+    return hashlib.sha256(repr([code, changes, settings]).encode()).hexdigest()[:8]
+
+
 def compare(
     name: str, experiment: Experiment, seeds: int, out: Path | None = None
 ) -> dict[tuple[str, str], list[Rows]]:
     """Do the runs that OUT lacks, with the progress; print the table. Returns the runs by line and column."""
 
-    def key(variant: Variant, seed: int) -> str:
+    def title(variant: Variant, seed: int) -> str:
         return ", ".join(filter(None, (name, variant.line, variant.column, f"seed {seed}")))
+
+    def key(variant: Variant, seed: int) -> str:
+        return f"{title(variant, seed)} ({origin(experiment, variant)})"
 
     found: dict[str, Rows] = json.loads(out.read_text()) if out and out.exists() else {}
     runs = [(variant, seed) for seed in range(seeds) for variant in experiment.variants]
     missing, began = [run for run in runs if key(*run) not in found], time.monotonic()
     for count, (variant, seed) in enumerate(missing, start=1):
-        found[what := key(variant, seed)] = measure(experiment, variant, seed)
+        rows = found[key(variant, seed)] = measure(experiment, variant, seed)
         if out:
             replace_json(out, found)
         left = timedelta(seconds=round((time.monotonic() - began) / count * (len(missing) - count)))
         figure = experiment.figures[0]
-        value = FIGURES[figure][1](found[what])
-        print(f"{count}/{len(missing)} {what}: {figure} {value:.3f}; about {left} left", flush=True)
+        value = FIGURES[figure][1](rows)
+        print(f"{count}/{len(missing)} {title(variant, seed)}: {figure} {value:.3f}; about {left} left", flush=True)
     by_place = {(v.line, v.column): [found[key(v, seed)] for seed in range(seeds)] for v in experiment.variants}
     print(f"\n{table(experiment, by_place)}")
     return by_place

@@ -124,7 +124,12 @@ def short_sleeps(monkeypatch) -> None:
 
 def run_main(module, monkeypatch, *arguments: str) -> None:
     monkeypatch.setattr(sys, "argv", [module.__name__, *arguments])
-    module.main()
+    logger = logging.getLogger("flwr")
+    level = logger.level
+    try:
+        module.main()
+    finally:
+        logger.setLevel(level)  # a command may want less of the log than other tests
 
 
 def test_the_federated_figure_is_that_of_a_round_with_all_nodes(app, monkeypatch, capsys):
@@ -232,6 +237,13 @@ def test_a_comparison_of_recipes_continues_after_an_interruption(monkeypatch, tm
 | mean | 0.850 (0.800) | 0.250 (0.200) |
 | median | 0.750 (0.700) | 0.650 (0.600) |
 """)
+    before = len(done)
+    variants[1].config["momentum"] = 0.0  # results of other settings, or of other code, are not taken
+    run_main(recipes, monkeypatch, *arguments)
+    assert done[before:] == [(names[1], 0), (names[1], 1)]
+    monkeypatch.setattr(recipes, "CODE", "of an edited app")
+    run_main(recipes, monkeypatch, *arguments)
+    assert len(done) == before + 2 + 8
 
 
 def test_a_comparison_shows_figures_and_what_has_none(monkeypatch, capsys):
