@@ -81,6 +81,8 @@ def load_test_split(config: RunConfig) -> Split:
         parts = [decoded(source, "train", shape), labels_of(source, "train")] if "train" in splits else []
         training = digest_of(*parts, np.frombuffer(sites.encode(), np.uint8)) if parts else ""
         log.info("📖 Read %s: %s", config.dataset, summary(source, shape))
+        if parts and (unseen := [source.class_names[label] for label in np.setdiff1d(labels, parts[1])]):
+            log.warning("No training images for these classes in %s, so they cannot be learned: %s", name, unseen[:10])
         return Split(torch.from_numpy(np.array(images)), torch.from_numpy(labels), source.class_names, training, names)
 
 

@@ -225,6 +225,12 @@ def data_set(root: Path, *more: str) -> Path:
     )
 
 
+def test_classes_without_training_images_are_named(tmp_path, caplog):
+    names = ["train/cat/1.png", "train/cat/2.png", "train/dog/3.png", "test/cats/4.png", "test/dog/5.png"]
+    assert server(fill(tmp_path, *names)).class_names == ["cat", "cats", "dog"]
+    assert caplog.messages[-1] == "No training images for these classes in test, so they cannot be learned: ['cats']"
+
+
 @pytest.mark.parametrize("names", [("Train", "TEST"), ("train", "val"), ("train", "valid"), ("TRAIN", "Validation")])
 def test_a_data_set_of_class_folders_with_splits_in_any_case(tmp_path, names):
     folder = data_set(tmp_path / "data")
