@@ -29,6 +29,7 @@ PARTITIONS = "partitions.json"  # the record that deploy.prepare_partitions writ
 PATIENCE = 10.0  # seconds between SIGTERM and SIGKILL
 
 _ports: set[int] = set()
+_received: list[int] = []  # stop signals
 
 
 class FlowerCli:
@@ -90,6 +91,7 @@ def interrupt_on_signals() -> None:
     """
 
     def interrupt(number: int, frame: FrameType | None) -> None:
+        _received.append(number)
         for each in STOP_SIGNALS:
             signal.signal(each, signal.SIG_IGN)
         with contextlib.suppress(OSError):  # the terminal may be closed
@@ -101,14 +103,19 @@ def interrupt_on_signals() -> None:
             signal.signal(each, interrupt)
 
 
+def raise_if_interrupted() -> None:
+    """Raise KeyboardInterrupt after a stop signal, for work with a library that catches every exception."""
+    if _received:
+        raise KeyboardInterrupt
+
+
 def start(
     command: Sequence[str], cwd: Path, env: Mapping[str, str], log: Path, keep_open: Collection[int] = ()
 ) -> subprocess.Popen[bytes]:
     """Start a process in a session of its own, which inherits the file descriptors in `keep_open`."""
-    none = subprocess.DEVNULL
-    with log.open("ab") as file:
+    with log.open("ab") as out, Path(os.devnull).open() as none:
         return subprocess.Popen(
-            command, cwd=cwd, env=env, stdin=none, stdout=file, stderr=file, start_new_session=True, pass_fds=keep_open
+            command, cwd=cwd, env=env, stdin=none, stdout=out, stderr=out, start_new_session=True, pass_fds=keep_open
         )
 
 
@@ -129,10 +136,7 @@ def stop(*processes: subprocess.Popen[bytes] | psutil.Process) -> None:
 
 @atexit.register
 def stop_what_is_left() -> None:
-    """Stop what `start` has started and nobody has stopped.
-
-    A signal may raise KeyboardInterrupt before the caller of `start` has its process, or while `stop` is at work.
-    """
+    """Stop what `start` has started and nobody has stopped: an error or a signal may come before anyone can."""
     stop(*(child for child in psutil.Process().children() if os.getsid(child.pid) == child.pid))
 
 
@@ -183,11 +187,7 @@ def start_superlink(
         with socket.socket() as probe:
             return probe.connect_ex((HOST, port)) == 0
 
-    try:
-        wait_for(accepts, 60, 0.1, f"the SuperLink does not listen; see {log}")
-    except BaseException:
-        stop(process)
-        raise
+    wait_for(accepts, 60, 0.1, f"the SuperLink does not listen; see {log}")
     return process
 
 

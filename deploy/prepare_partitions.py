@@ -19,7 +19,7 @@ from pathlib import Path
 
 from flwr.app import Context, RecordDict
 
-from deploy.cli import PARTITIONS, PROJECT, interrupt_on_signals
+from deploy.cli import PARTITIONS, PROJECT, interrupt_on_signals, raise_if_interrupted
 from pytorch_example_low_level.config import RunConfig, UserError, explained
 from pytorch_example_low_level.images import opened, partitions, rows_of_partition
 from pytorch_example_low_level.sources import ALLOWED, BUNDLED
@@ -72,8 +72,10 @@ def write_partitions(out: Path, nodes: int, dataset: str, partitioner: str, alph
         for index, chosen_rows in enumerate(rows):
             images.select(chosen_rows).save_to_disk(parts / f"node-{index}")
             print(f"{index + 1}/{nodes}: {len(chosen_rows)} images", flush=True)
+            raise_if_interrupted()  # `datasets` hashes what it does to the images, and catches every exception there
         plot_labels(parts / "labels.png", config, nodes)
         (parts / PARTITIONS).write_text(json.dumps(chosen | {"num-partitions": nodes}, indent=2) + "\n")
+        raise_if_interrupted()
         parts.rename(out)
 
 
