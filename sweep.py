@@ -293,14 +293,14 @@ def do_runs(
 
     After a failure, those at work go on to their end, and no other begins. Returns which failed.
     """
-    print(f"{len(missing)} runs with {rounds} rounds to do, {jobs} at the same time ...", flush=True)
+    print(f"Runs to do: {len(missing)}, with {rounds} rounds in all; {jobs} at the same time ...", flush=True)
     started, before = time.monotonic(), rounds_done()  # those of interrupted runs are done again
 
     def progress() -> str:
         finished = rounds_done() - before
         pace = (time.monotonic() - started) / max(finished, 1)
-        left = timedelta(seconds=round(pace * (rounds - finished))) if finished else "an unknown time"
-        return f"{finished}/{rounds} rounds; about {left} left"
+        left = f"about {timedelta(seconds=round(pace * (rounds - finished)))} left" if finished else "time left unknown"
+        return f"{finished}/{rounds} rounds; {left}"
 
     waiting, failed, count = deque(missing), list[str](), 0
     at_work: dict[futures.Future[Rows], tuple[str, str]] = {}

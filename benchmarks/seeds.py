@@ -126,7 +126,7 @@ def plot(runs: Mapping[str, Sequence[Rows]], path: Path) -> None:
         axes.plot(list(found), means, line, color=colour, label=label, linewidth=2)
         axes.fill_between(list(found), lows, highs, color=colour, alpha=0.15)
     seeds = max(map(len, runs.values()))
-    title = f"Mean over {seeds} seeds; the band goes from the worst to the best" if seeds > 1 else "One seed"
+    title = f"Mean over {seeds} seeds; the band spans the worst to the best" if seeds > 1 else "One seed"
     axes.set(xlabel="round", ylabel=SCORE if len(runs) == 1 else f"central {SCORE}", title=title)
     axes.locator_params(axis="x", integer=True)
     axes.grid(alpha=0.3)

@@ -74,7 +74,7 @@ def load_test_split(config: RunConfig) -> Split:
         splits = source.splits
         name = next((n for n in TEST_SPLITS if n in splits and set(splits[n].unique("label")) - {None, -1}), None)
         if name is None:
-            raise UserError(f"there is no split {' or '.join(TEST_SPLITS)} with labels; the splits are {list(splits)}")
+            raise UserError(f"it needs a split with labels called {' or '.join(TEST_SPLITS)}; it has {list(splits)}")
         images, labels = decoded(source, name, shape), labels_of(source, name)
         names = site_names(source) if config.partitioner == "natural" else []
         sites = "\n".join(splits["train"]["site"][:]) if names else ""

@@ -123,14 +123,17 @@ def class_folders(folder: Path, files: list[Path], *, of_node: bool) -> Source:
     odd = [f for f in files if f.suffix.lower() not in SUFFIXES or len(f.relative_to(folder).parts) < depth]
     roots = {"train": folder} if of_node else {SPLITS.get(entry.name.lower(), ""): entry for entry in tops}
     nested = are_splits and all(len(file.relative_to(folder).parts) > depth for file in files)
-    if not files or odd or (nested if of_node else not are_splits or len(roots) != len(tops)):
+    no_splits = not of_node and (not are_splits or len(roots) != len(tops))
+    if not files or odd or (of_node and nested) or no_splits:
         example = "<class>/1.png" if of_node else "train/<class>/1.png and test/<class>/2.png"
         some = [file.relative_to(folder).as_posix() for file in (odd or files)[:5]]
         of_which = f", {len(odd)} of them outside a class folder or not an image" if odd else ""
         hint = ". Its folders are splits: give data-path the folder train" if of_node and nested else ""
+        if no_splits:
+            hint = f". Splits are train, test, and one of validation, valid and val: not {[e.name for e in tops[:5]]}"
         raise UserError(
-            f"{folder} has {len(files)} files{of_which}: {some}. Expected are only images "
-            f"({', '.join(sorted(SUFFIXES))}) in folders named by their class, such as {example}{hint}"
+            f"{folder} has {len(files)} files{of_which}: {some}. Only images ({', '.join(sorted(SUFFIXES))}) "
+            f"in folders named after their class are expected, such as {example}{hint}"
         )
     found = [(root.name, entry.name) for root in roots.values() for entry in root.iterdir() if entry.is_dir()]
     found = [(root, unicodedata.normalize("NFC", name)) for root, name in found if is_visible(name)]

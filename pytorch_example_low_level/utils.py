@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from pytorch_example_low_level import __version__
-from pytorch_example_low_level.config import OPERATIONAL, RunConfig, UserError, explained, log, one_line
+from pytorch_example_low_level.config import CODE, OPERATIONAL, RunConfig, UserError, explained, log, one_line
 from pytorch_example_low_level.figures import Report, Row, element_names, plot_results
 
 if TYPE_CHECKING:
@@ -194,7 +194,7 @@ def open_run(
         log.info("📂 Run directory: %s", directory)
         versions = {name: version(name) for name in ("flwr", "flwr-datasets", "torch", "numpy")}
         versions |= {"app": __version__, "python": sys.version.split()[0]}
-        about = {**facts, "versions": versions, "run-id": str(run_id)}
+        about = {**facts, "versions": versions, "code": CODE, "run-id": str(run_id)}
         replace_json(directory / "run_config.json", config.model_dump(by_alias=True) | about)
         recorder = Recorder(directory, config, state, facts, score)
         try:

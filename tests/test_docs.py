@@ -162,7 +162,7 @@ def test_the_log_in_the_readme_is_one(finished):
         position = logged.index(line, position) + 1
 
 
-def test_the_snippet_classifies_image_files(finished, tiny_dataset, tmp_path, monkeypatch):
+def test_the_snippet_classifies_image_files(finished, tiny_dataset, tmp_path, monkeypatch, capsys):
     directory = finished.directory
     info = json.loads((directory / "run_config.json").read_text())
     split = images.load_test_split(typed_config(dataset=tiny_dataset))
@@ -177,6 +177,10 @@ def test_the_snippet_classifies_image_files(finished, tiny_dataset, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     namespace: dict = {}
     exec(compile(code, "README.md", "exec"), namespace)
+    assert capsys.readouterr().out.split("\n")[:-1] == [namespace["classify"](files[0])]
+    monkeypatch.setattr(config, "CODE", "0123456789abcdef in another copy")
+    exec(compile(code, "README.md", "exec"), {})
+    assert re.match(r"The model was .* [0-9a-f]{16} in /.*, and this is 0123456789abc", capsys.readouterr().out)
     names = [namespace["classify"](file) for file in files]
     assert set(names) <= set(info["class-names"])
     right = sum(name == split.class_names[label] for name, label in zip(names, split.labels.tolist(), strict=True))
@@ -232,7 +236,7 @@ def test_the_files_of_a_run_are_listed(finished):
     found = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
     assert found | {"wandb/"} == listed  # test_report.py has a run with W&B
     info = json.loads((directory / "run_config.json").read_text())
-    assert info.keys() == DEFAULTS.keys() | {"run-id", "class-names", "image-shape", "versions"}
+    assert info.keys() == DEFAULTS.keys() | {"run-id", "class-names", "image-shape", "versions", "code"}
     assert info["versions"].keys() == {"flwr", "flwr-datasets", "torch", "numpy", "python", "app"}
 
 

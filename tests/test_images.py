@@ -269,9 +269,12 @@ def test_a_class_called_test_stays_in_its_split(tmp_path):
         (["train/a/1.png", "test/a/2.png"], "2 images and 1 classes"),
         (["train/a/1.png", "test/b/2.png"], "2 images and 2 classes"),
         (["train/a/1.png", "train/b/2.png", "train/overview.png", "test/a/3.png"], r"\['train/overview.png'\]"),
-        (["train/a/1.png", "train/b/2.png", "other/a/3.png"], "Expected are only .* such as train/<class>/1.png"),
-        (["cat/1.png", "dog/2.png", "dog/3.png"], "Expected are only images"),
-        (["train/a/1.png", "train/b/2.png", "valid/a/3.png", "val/a/4.png"], "Expected are only images"),
+        (
+            ["train/a/1.png", "train/b/2.png", "other/a/3.png"],
+            r"Only images .* such as train/<class>/1\.png .* Splits are .*: not \['other', ",
+        ),
+        (["cat/1.png", "dog/2.png", "dog/3.png"], r"Splits are train, test, .*: not \['cat', 'dog'\]"),
+        (["train/a/1.png", "train/b/2.png", "valid/a/3.png", "val/a/4.png"], "one of validation, valid and val"),
     ],
 )
 def test_a_data_set_that_cannot_be_read_is_one_error(tmp_path, names, said):
@@ -444,7 +447,7 @@ def test_a_missing_split_is_named_with_those_there_are(tmp_path, tiny_dataset):
     rows = datasets.load_dataset(tiny_dataset, split="test")
     datasets.DatasetDict({"train": rows}).save_to_disk(tmp_path / "a")
     datasets.DatasetDict({"test": rows}).save_to_disk(tmp_path / "b")
-    with pytest.raises(UserError, match=r"no split test or .* with labels; the splits are \['train'\]"):
+    with pytest.raises(UserError, match=r"it needs a split with labels called test or .*; it has \['train'\]"):
         server(tmp_path / "a")
     with pytest.raises(UserError, match=r"no split train; the splits are \['test'\]"):
         load(tmp_path / "b")

@@ -65,6 +65,7 @@ def test_a_run_leaves_the_promised_figures(app):
     assert task.test(net, test_split, torch.device("cpu"))["accuracy"] == accuracies[-1]
     config = json.loads((directory / "run_config.json").read_text())
     config.pop("versions")
+    assert config.pop("code") == CODE
     settings = app.config(num_server_rounds=3, lr_decay_every=2, opt_in_probability=1.0)
     assert config == settings | test_split.facts | {"run-id": "1"}
 

@@ -207,8 +207,8 @@ def test_runs_are_done_at_the_same_time_with_the_time_left_by_their_rounds(monke
     assert sweep.do_runs(todo, begin, lambda name, seed, rows: done.append(seed), 2, 4, lambda: next(rounds)) == []
     assert sorted(done) == ["0", "1"]
     shown = capsys.readouterr().out
-    assert "2 runs with 4 rounds to do" in shown
-    assert "... 0/4 rounds; about an unknown time left" in shown
+    assert "Runs to do: 2, with 4 rounds in all" in shown
+    assert "... 0/4 rounds; time left unknown" in shown
     assert re.search(r"\.\.\. 1/4 rounds; about 0:00:0[12] left", shown)
 
 
@@ -303,7 +303,7 @@ def test_an_interrupted_sweep_shows_what_is_there_and_goes_on(superlink, short_s
         run_main(sweep, monkeypatch, *arguments)
     shown = capsys.readouterr().out
     assert "\nMissing: momentum=0.5, seed 1; momentum=0.0, seed 1\n\nThe last round of seed 0\n" in shown
-    assert re.search(r"2/4 .*; \d+/40 rounds; about .* left", shown)
+    assert re.search(r"2/4 .*; \d+/40 rounds; (about .* left|time left unknown)", shown)
     monkeypatch.setattr(sweep, "LocalSuperLink", superlink)
     run_main(sweep, monkeypatch, *arguments)
     assert [asked["seed"] for asked in superlink.asked] == [1, 1]
