@@ -47,6 +47,7 @@ def _load(folder: Path) -> SimpleNamespace:
         loaded = {module: importlib.import_module(f"{name}.{module}") for module in modules}
     finally:
         sys.path.remove(str(folder))
+    loaded["server_app"].SETTLE = 0.01  # in one process all nodes are there from the beginning
     defaults = tomllib.loads((folder / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
     return SimpleNamespace(**loaded, defaults=defaults)
 

@@ -1,4 +1,7 @@
-"""The app on the Deployment Engine: real processes on the loopback interface, TLS, authentication."""
+"""The app on the Deployment Engine: real processes on the loopback interface, TLS, authentication.
+
+test_network.py kills SuperNodes, and test_e2e.py kills a ServerApp.
+"""
 
 import os
 import re
@@ -6,18 +9,15 @@ import shutil
 import signal
 import stat
 import subprocess
-import time
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from benchmarks.simulation import AppCli, FinishedRun, command_of
+from deploy import prepare_partitions
 from deploy.cli import family, free_port, start, stop, wait_for
 from deploy.keys import HOST, make_certificates, make_node_key
 from deploy.local_federation import Federation
-from deploy.prepare_partitions import write_partitions
 from tests.conftest import alive, model, results, same_bits
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]  # on a busy machine a message takes a minute
@@ -25,9 +25,11 @@ NODES = 3
 
 
 @pytest.fixture(scope="module")
-def federation(tiny_dataset, tmp_path_factory, with_a_dead_node):
+def federation(tiny_dataset, tmp_path_factory):
     state = tmp_path_factory.mktemp("federation")
-    write_partitions(state / "data", NODES, tiny_dataset, "iid", 1.0, 42)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare_partitions, "plot_labels", lambda *args: None)  # it takes seconds
+        prepare_partitions.write_partitions(state / "data", NODES, tiny_dataset, "iid", 1.0, 42)
     with Federation(state, NODES, state / "data") as federation:
         yield federation
 
@@ -55,13 +57,6 @@ INTRUDERS = {
 @pytest.fixture(scope="module")
 def settings(tiny_dataset) -> dict:
     return SETTINGS | {"dataset": tiny_dataset}
-
-
-@pytest.fixture(scope="module")
-def with_a_dead_node(settings, tmp_path_factory) -> Iterator[Future[FinishedRun]]:
-    """A run in which a SuperNode is killed: most of it is waiting, so it takes place beside the others."""
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        yield pool.submit(run_with_a_dead_node, tmp_path_factory.mktemp("dead") / "federation", settings)
 
 
 def flower(federation: Federation) -> AppCli:
@@ -103,11 +98,8 @@ def interrupt(federation: Federation, how: str, run_id: str, server_round: int) 
     wait_for(lambda: training(federation, run_id, server_round) == 2)
     wait_for(lambda: any("flwr-clientapp" in args for args in app_processes(federation).values()))
     processes = app_processes(federation)
-    (serverapp,) = [pid for pid, args in processes.items() if "flwr-serverapp" in args]
-    if how == "flwr stop":
-        federation.flwr("stop", run_id)
-    else:
-        os.kill(serverapp, signal.Signals[how])
+    assert any("flwr-serverapp" in args for args in processes.values())
+    federation.flwr("stop", run_id)
     wait_for(lambda: not alive(processes), seconds=180)
 
 
@@ -123,13 +115,13 @@ def start_and_interrupt(federation: Federation, how: str, server_round: int, **s
 
 
 # How a run is interrupted, and in which round; the line of the log after which it is, if it is not in TRAIN.
-INTERRUPTIONS = {"SIGTERM": 1, "flwr stop": 2, "kill the SuperLink": 2}
+INTERRUPTIONS = {"flwr stop": 1, "kill the SuperLink": 2}
 PHASE = {"kill the SuperLink": "Centrally evaluated model"}  # with the queries on their way
-STATUS = {"SIGTERM": "finished:failed", "flwr stop": "finished:stopped"}
+STATUS = {"flwr stop": "finished:stopped"}
 
 
 @pytest.fixture(scope="module")
-def resumed(federation, tmp_path_factory, settings, with_a_dead_node):
+def resumed(federation, tmp_path_factory, settings):
     """A run that is interrupted and resumed again and again.
 
     Meanwhile four intruders try to get in. Returns the run, what was interrupted and what
@@ -142,6 +134,8 @@ def resumed(federation, tmp_path_factory, settings, with_a_dead_node):
         for how, server_round in INTERRUPTIONS.items():
             part = start_and_interrupt(federation, how, server_round, **settings, resume_from=str(directory))
             directory, interrupted[how], committed[how] = part.directory, part, part.results  # read now: they grow
+            # They are refused while a run takes place, and before the SuperLink is killed.
+            wait_for(lambda: all(process.poll() is not None for process in intruders.values()))
         run = flower(federation).run(**settings, resume_from=str(directory))
         exits = {name: process.poll() for name, process in intruders.items()}
         assert federation.online() == NODES
@@ -203,48 +197,6 @@ def test_a_run_over_tls_that_was_interrupted_is_bit_identical_to_one_in_process(
     assert results(run.directory) == results(in_process)
     assert same_bits(model(run.directory), model(in_process))
     assert {p.name for p in run.directory.rglob("*")} == {p.name for p in in_process.rglob("*")}
-
-
-# ----------------------------------------------------------------------------- A dead node
-
-
-def run_with_a_dead_node(state: Path, settings: dict) -> FinishedRun:
-    """Run with two nodes. One is killed while it trains in round 1, and started again when the SuperLink lets it."""
-    settings = settings | {"fraction_clients_train": 1.0, "train_timeout": 90.0, "opt_in_probability": 0.0}
-    settings |= {"min_available_nodes": 2, "node_wait_timeout": 120.0}  # round 2 waits for both
-    log = ""
-    with Federation(state, 2) as federation:
-        for line in flower(federation).log_of(**settings):
-            log += line
-            if "Starting round 1/" in line:
-                kill_while_it_trains(federation, 1)
-            if "results (TRAIN)" in line and federation.supernodes[1].poll() is not None:
-                deadline = time.monotonic() + 120
-                # The SuperLink takes the node for online for a minute, and refuses a new one with its key.
-                while federation.online() == 2 and time.monotonic() < deadline:
-                    time.sleep(6)  # asking takes a second of CPU time
-                federation.start_supernode(1)
-        return flower(federation).finished(log)
-
-
-def kill_while_it_trains(federation: Federation, index: int) -> None:
-    """Kill a SuperNode that has got a TRAIN message."""
-    log, node = federation.state / f"node-{index}.log", federation.supernodes[index]
-    wait_for(lambda: re.search("Receiving: train message.*Received successfully", log.read_text(), re.DOTALL))
-    wait_for(lambda: any("flwr-clientapp" in command_of(each) for each in family(node.pid)))
-    os.killpg(node.pid, signal.SIGKILL)
-    node.wait()
-
-
-def test_a_killed_supernode_is_left_out_until_it_is_back(with_a_dead_node):
-    run = with_a_dead_node.result()
-    assert run.status == "finished:completed", run.log
-    first, second = run.results[1:]
-    assert (first["train_sampled"], first["train_received"], first["train_failed"]) == (2, 1, 1)
-    # The round goes on at the deadline, or as soon as the SuperLink says that the node is offline.
-    assert first["seconds_train"] < 105
-    assert re.search(r"Round 1: left out node \d+ \(train\): ", run.log)
-    assert (second["train_sampled"], second["train_received"]) == (2, 2)
 
 
 # --------------------------------------------------------------------------------- Secrets

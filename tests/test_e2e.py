@@ -23,8 +23,8 @@ from tests.grid import PROJECT
 from tests.test_docs import CI
 from tests.wandb_files import wandb_rounds
 
-ACTIONS = ["SIGKILL"] * int(os.environ.get("KILLS", "1")) + ["flwr stop"]  # SIGTERM: test_deployment.py
-ROUNDS = 2 * len(ACTIONS) + 8  # two at most for each signal; a run ends some seconds after `flwr stop`
+KILLS = int(os.environ.get("KILLS", "1"))  # `flwr stop`: test_deployment.py
+ROUNDS = 2 * KILLS + 4  # two at most for each
 SETTINGS = {
     "nodes": 6,
     "partitioner": "iid",
@@ -35,7 +35,7 @@ SETTINGS = {
     "use_wandb": False,
 }
 ONE_WORKER = {"cpus": os.cpu_count() or 1}  # all CPUs for one client; starting a worker takes 6 s of CPU time
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300 + 60 * len(ACTIONS))]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300 + 60 * KILLS)]
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def two_ray_nodes(folder: Path) -> Iterator[LocalSuperLink]:
             stop(*reversed(nodes))
 
 
-# ------------------------------------------------------------------------ Kill, stop, resume
+# ------------------------------------------------------------------------------ Kill, resume
 
 
 def start_run(superlink: LocalSuperLink, **settings) -> tuple[str, Path]:
@@ -81,14 +81,11 @@ def start_run(superlink: LocalSuperLink, **settings) -> tuple[str, Path]:
     raise AssertionError(f"the run ended by itself:\n{log}")
 
 
-def interrupt(superlink: LocalSuperLink, how: str, run_id: str, directory: Path) -> None:
-    """Stop a run, and wait until its process has ended."""
+def kill(run_id: str, directory: Path) -> None:
+    """Kill a run, and wait until its process has ended."""
     assert json.loads((directory / "run_config.json").read_text())["run-id"] == run_id
     (process,) = users_of(directory / ".lock")
-    if how == "flwr stop":
-        superlink.flwr("stop", run_id)
-    else:
-        process.kill()
+    process.kill()
     wait_for(lambda: not alive([process.pid]))
 
 
@@ -105,19 +102,19 @@ def check_files(directory: Path) -> None:
 
 @pytest.fixture(scope="module")
 def resumed(superlink, settings, tmp_path_factory) -> FinishedRun:
-    """A run on one worker that is killed, stopped and resumed, and finished by two workers on two nodes."""
+    """A run on one worker that is killed and resumed, and finished by two workers on two nodes."""
     settings = settings | {"use_wandb": True}
     rng, directory, seen = random.Random(os.environ.get("KILL_SEED", "0")), "", []
-    for how in ACTIONS:
+    for _ in range(KILLS):
         run_id, directory = start_run(superlink, **settings, **ONE_WORKER, resume_from=str(directory))
         done = len(seen)  # rows: round 0 has one, too
         wait_for(lambda d=directory, n=done: (d / "results.json").exists() and len(results(d)) > max(n, 1))
         time.sleep(rng.uniform(0, 0.8))  # about a round
-        interrupt(superlink, how, run_id, directory)
+        kill(run_id, directory)
         check_files(directory)
         rows = results(directory)
         assert rows[:done] == seen  # nothing is lost but the round in flight
-        assert done < len(rows) <= ROUNDS, how
+        assert done < len(rows) <= ROUNDS
         seen = rows
     with two_ray_nodes(tmp_path_factory.mktemp("ray")) as cluster:
         resumed = cluster.run(**settings, resume_from=str(directory))
@@ -133,7 +130,7 @@ def in_one_process(app: App, settings: dict) -> Path:
     return app.run(app.grid(num_nodes=settings["nodes"]), **here)
 
 
-def test_a_killed_and_stopped_run_has_the_bits_of_a_whole_one(resumed, app, settings):
+def test_a_killed_run_has_the_bits_of_a_whole_one(resumed, app, settings):
     """KILLS=20 in the environment kills more often than the suite has time for."""
     whole = in_one_process(app, settings)
     assert results(resumed.directory) == results(whole)

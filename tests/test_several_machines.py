@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from deploy import prepare_partitions
 from deploy.cli import PROJECT, FlowerCli, free_port, start, stop, wait_for
 from deploy.keys import HOST
-from deploy.prepare_partitions import write_partitions
 from tests.conftest import results
 from tests.test_docs import DEPLOYMENT, section
 
@@ -25,6 +25,11 @@ NAMES = "127.0.0.1 localhost\n10.77.0.1 server.example.org\n"
 BRIDGE = "flower-test"
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(autouse=True)
+def no_plot(monkeypatch) -> None:
+    monkeypatch.setattr(prepare_partitions, "plot_labels", lambda *args: None)  # it takes seconds
 
 
 def ip(*arguments: str, check: bool = True) -> bool:
@@ -63,9 +68,9 @@ def hosts() -> Iterator[list[str]]:
 
 def walk_through(steps: str, folder: Path, dataset: str, nodes: list[str], on_host: list[str]) -> None:
     """Follow the steps. Each host has a home folder, with the files that the steps give it, and nothing else."""
-    write_partitions(folder / "parts", len(nodes), dataset, "iid", 1.0, 42)
+    prepare_partitions.write_partitions(folder / "parts", len(nodes), dataset, "iid", 1.0, 42)
     settings = f"num-server-rounds=1 min-available-nodes={len(nodes)} min-train-nodes={len(nodes)} use-wandb=false"
-    ours = f"\"query-timeout=60.0 dataset='{dataset}' opt-in-probability=1.0 {settings}\""
+    ours = f"\"query-timeout=60.0 dataset='{dataset}' opt-in-probability=0.0 {settings}\""
     assert '"query-timeout=30.0"' in steps
     commands = re.findall(r"`((?:python -c|flower-\w+|flwr \w+) [^`]+)`", steps.replace('"query-timeout=30.0"', ours))
     certificates, key, superlink, register, supernode, run = map(shlex.split, commands)
@@ -114,7 +119,7 @@ def walk_through(steps: str, folder: Path, dataset: str, nodes: list[str], on_ho
         stop(*processes)
     (directory,) = (homes["server"] / "outputs").glob("*/*")
     row = results(directory)[1]
-    assert [row[key] for key in ("nodes_available", "train_received", "evaluate_received")] == [len(nodes)] * 3, log
+    assert [row[key] for key in ("nodes_available", "train_received", "query_received")] == [len(nodes)] * 3, log
     assert (directory / "final_model.pt").exists()
 
 
