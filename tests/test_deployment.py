@@ -40,9 +40,9 @@ SETTINGS = {
     "evaluate_every": 2,  # each message starts a process, which takes seconds
     "query_max_delay": 0.0,
     "query_timeout": 60.0,
-    "opt_in_probability": 0.5,
+    "opt_in_probability": 1.0,
     "fraction_clients_train": 0.7,
-    "fraction_clients_query": 0.7,
+    "fraction_clients_query": 0.4,
     "use_wandb": False,
 }
 # Who must not get in, and why the SuperLink or TLS says no.

@@ -19,7 +19,6 @@ import recipes
 from benchmarks.simulation import FinishedRun, LocalSuperLink, copy_app
 from deploy.cli import BIN, FlowerCli, free_port, start, stop, users_of, wait_for
 from tests.conftest import App, alive, model, results, same_bits
-from tests.grid import PROJECT
 from tests.test_docs import CI
 from tests.wandb_files import wandb_rounds
 
@@ -150,19 +149,6 @@ def test_a_run_does_not_join_the_wandb_process_of_the_tests(tmp_path, monkeypatc
 # ---------------------------------------------------------------------------- Without interruption
 
 
-def test_the_commands_for_ci_run_the_app(superlink):
-    """With the default configuration, and as many nodes as Flower simulates by default."""
-    before = set((superlink.flwr.home / "outputs").glob("*/*"))
-    env = superlink.flwr.env
-    done = subprocess.run(["sh", "-c", CI], cwd=PROJECT, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "num-supernodes=50" in done.stdout  # the defaults say how to simulate so many
-    assert "W&B is offline" in done.stdout
-    (directory,) = set((superlink.flwr.home / "outputs").glob("*/*")) - before
-    assert (directory / "final_model.pt").exists()
-    assert results(directory)[1]["nodes_available"] == 2
-
-
 def test_another_task_runs_with_flowers_engine_and_late_answers_do_not_hold_it_up(tmp_path):
     app = copy_app(tmp_path / "app")
     recipes.apply("tabular", app)
@@ -201,21 +187,28 @@ def make_model(facts):
 """
 
 
-def test_another_network_learns_colour_images_and_another_copys_superlink_is_refused(tmp_path, tiny_dataset):
+def test_a_changed_copy_runs_in_ci_and_another_copy_is_refused_there(tmp_path, tiny_dataset):
+    """The copy has the network of Flower's PyTorch tutorial, and colour images, which its pyproject.toml names."""
     first, second, data = copy_app(tmp_path / "first"), copy_app(tmp_path / "second"), tmp_path / "data"
-    task = first / "pytorch_example_low_level" / "task.py"
+    task, pyproject = first / "pytorch_example_low_level" / "task.py", first / "pyproject.toml"
     task.write_text(task.read_text() + TUTORIAL)
+    pyproject.write_text(pyproject.read_text().replace('dataset = "fashion-mnist-sample"', f'dataset = "{data}"'))
     for number in range(60):
         path = data / ("test" if number % 3 == 0 else "train") / f"{number // 3 % 10}" / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (32, 32), (number, 99, 255 - number)).save(path)
-    settings = {"nodes": 2, "num_server_rounds": 1, "fraction_clients_train": 1.0, "partitioner": "iid"}
     with LocalSuperLink(first) as superlink:  # it is started in the first copy
-        run = superlink.run(app=first, dataset=str(data), use_wandb=False, **settings, **ONE_WORKER)
-        refused = superlink.run(app=second, dataset=tiny_dataset, use_wandb=False, **settings, **ONE_WORKER)
-    assert run.status == "finished:completed", run.log
-    assert run.results[1]["train_received"] == 2
+        env = superlink.flwr.env
+        done = subprocess.run(["sh", "-c", CI], cwd=first, env=env, capture_output=True, text=True, check=False)
+        run = superlink.flwr.finished(done.stdout.replace('"run-id": "', "Successfully started run "))
+        settings = {"nodes": 2, "num_server_rounds": 1, "partitioner": "iid", "use_wandb": False}
+        refused = superlink.run(app=second, dataset=tiny_dataset, **settings, **ONE_WORKER)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "num-supernodes=50" in run.log  # the defaults say how to simulate so many
+    assert "W&B is offline" in run.log
     assert "class folders; images: 20 test, 40 train; 10 classes (0, 1, 2, 3, 4, 5, 6, 7, 8, 9); 32x32 RGB" in run.log
+    assert (run.results[1]["nodes_available"], run.results[1]["train_received"]) == (2, 2)
+    assert (run.directory / "final_model.pt").exists()
 
     assert refused.status == "finished:failed", refused.log
     there = re.escape(str(first / "pytorch_example_low_level"))
