@@ -4,14 +4,15 @@
     python -m recipes fedprox          # changes the app in this folder; `git diff` shows what
     python -m recipes fedprox ../copy
 
-It is for users, so it is not among the tests, which use it too. It is not part of the app, which is packed
-without the documentation. It stands beside `benchmarks` and `deploy`, and is started like them.
-
 A `python` block of a recipe holds whole definitions: each replaces the one of its name, or goes to the end of
 the file; imports go to the top. A definition that another recipe changed is not replaced, unless the comment above
-the block names that recipe: `<!-- bfloat16 after quantise: messaging.py -->`. A `diff` block holds lines: those with
-`-` and without a sign are in the file once, in a row, and become those with `+` and without. `@@` begins another place.
+the block names that recipe: `<!-- bfloat16 after quantise: messaging.py -->`. In a `diff` block, the lines with `-` or
+without a sign must occur once in the file, one after the other; the lines with `+` or without a sign replace them. `@@`
+begins another place.
 """
+
+# This command is for users, so it is not among the tests, which use it too. It is not part of the app, which is packed
+# without the documentation.
 
 from __future__ import annotations
 

@@ -76,7 +76,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=positive, default=3, help="number of seeds, from 0 (default: %(default)s)")
     parser.add_argument("--nodes", type=positive, default=50, help="simulated nodes (default: %(default)s)")
     parser.add_argument("--jobs", type=positive, default=1, help="runs at the same time (default: %(default)s)")
-    parser.add_argument("--in-process", action="store_true", help="without Flower's engine: the same bits, sooner")
+    parser.add_argument(
+        "--in-process",
+        action="store_true",
+        help="without Flower's engine: faster, and the central results are the same",
+    )
     parser.add_argument("--run-config", action="append", default=[], help="as for `flwr run`; a later one overrides")
     parser.add_argument("--vary", action="append", default=[], metavar="KEY=VALUE", help="one variant for each")
     parser.add_argument("--out", type=named_path, required=True, help="OUT.json, OUT.png and OUT-runs are written")
@@ -110,7 +114,9 @@ def main() -> None:
     show(runs, seeds, args.out.with_name(f"{args.out.name}.png"))
     if problem:
         there = sum(seed in rows for rows in runs.values() for seed in seeds)
-        sys.exit(f"{problem} {there} of {len(seeds) * len(variants)} runs are in {out}. The same command continues.")
+        sys.exit(
+            f"{problem} {there} of {len(seeds) * len(variants)} runs are in {out}. Run the same command to continue."
+        )
 
 
 def positive(text: str) -> int:
@@ -131,8 +137,8 @@ def parse_settings(text: str) -> Settings:
     """Return the settings in a text such as `a=1 b='x y'`, which `flwr run --run-config` takes. Raises UserError."""
     pair = r"""([\w-]+)=('[^']*'|"[^"]*"|\S+)"""
     if not re.fullmatch(rf"\s*({pair}(\s+|$))*", text):
-        raise UserError(f"not settings such as \"a=1 b='x'\": {text}")
-    with explained(f"not settings such as \"a=1 b='x'\": {text}"):
+        raise UserError(f"--run-config and --vary take settings such as \"a=1 b='x'\", not {text}")
+    with explained(f"--run-config and --vary take settings such as \"a=1 b='x'\", not {text}"):
         return tomllib.loads("\n".join(f"{key} = {value}" for key, value in re.findall(pair, text)))
 
 
@@ -204,7 +210,7 @@ def continued(sweep: Sweep, path: Path) -> Sweep:
 
 @contextlib.contextmanager
 def runner(sweep: Sweep, jobs: int, folder: Path) -> Iterator[Callable[[str, str], futures.Future[Rows]]]:
-    """Give a function that begins the run of a variant and a seed. An exception in the block ends the runs at work."""
+    """Give a function that begins the run of a variant and a seed. An exception in the block ends all runs."""
     with contextlib.ExitStack() as stack:
         executor: futures.Executor
         begun: list[futures.Future[Rows]] = []
@@ -232,7 +238,7 @@ def runner(sweep: Sweep, jobs: int, folder: Path) -> Iterator[Callable[[str, str
 
 
 def end_processes() -> None:
-    """End the processes of the runs at work."""
+    """End the processes of the runs in progress."""
     for child in psutil.Process().children():
         # Python's tracker ends by itself. Without the SuperLink, `flwr` would start another one, which stays.
         if not re.search("resource_tracker|flower-superlink", command_of(child)):
@@ -320,7 +326,9 @@ def do_runs(
             except Exception as error:
                 known = isinstance(error, UserError | futures.BrokenExecutor)
                 why = str(error) if known else "".join(traceback.format_exception(error))
-                others = f"\nWaiting for the runs at work ({len(at_work)}); no other begins." if at_work else ""
+                others = (
+                    f"\nWaiting for the runs in progress ({len(at_work)}); no other run is started." if at_work else ""
+                )
                 print(f"{what} failed: {why}{others}", file=sys.stderr, flush=True)
                 failed.append(what)
                 continue

@@ -136,7 +136,7 @@ def settings_of(data: Path, nodes: int) -> dict[str, object]:
     if odd := sorted(found ^ needed):
         raise UserError(
             f"{data} has {len(found)} folders of nodes, and {nodes} nodes need node-0 to node-{nodes - 1} "
-            f"(see {odd[0]}); change --nodes, or create the folders with deploy.prepare_partitions"
+            f"(differing: {', '.join(odd[:5])}); change --nodes, or create the folders with deploy.prepare_partitions"
         )
     path = data / cli.PARTITIONS
     if not path.exists():

@@ -139,14 +139,14 @@ def received_model(msg: Message, data: task.Data, config: RunConfig) -> nn.Modul
         net.load_state_dict(mine | received)
     digest = msg.content.config_records["config"].get("frozen")  # other ServerApps send the frozen parameters
     if digest is not None and digest != frozen_digest(mine):
-        raise UserError(f"make_model has other frozen parameters here than at the server: {list(mine)[:5]}")
+        raise UserError(f"make_model creates other frozen parameters here (another file of weights?): {list(mine)[:5]}")
     return net
 
 
 def local_data(part: str, msg: Message, config: RunConfig, context: Context) -> task.Data:
     """Load this node's "train" or "validation" data; not after the deadline."""
     if time.time() > deadline(msg):  # useless work would delay other messages
-        raise TimeoutError("the deadline passed before the message was handled")
+        raise TimeoutError("the deadline passed before the message was handled (is the clock of this machine right?)")
     facts = msg.content.config_records["config"]  # other ServerApps send none
     return task.load_node_data(context.node_config, partition_of(context), config, facts)[part]
 

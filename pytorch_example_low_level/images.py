@@ -59,7 +59,8 @@ class Split:
         if unknown:
             raise UserError(
                 f"this node's classes are {list(self.class_names)}, and the server's are {list(class_names)}: "
-                f"{unknown} is not among them. Rename: rows.cast_column('label', datasets.ClassLabel(names=[...]))"
+                f"not among them: {unknown}. Rename the class folders, or the classes of a data set "
+                "(rows.cast_column('label', datasets.ClassLabel(names=[...])))"
             )
         return Split(self.images, torch.tensor([known[name] for name in mine])[self.labels], class_names)
 
@@ -74,7 +75,7 @@ def load_test_split(config: RunConfig) -> Split:
         splits = source.splits
         name = next((n for n in TEST_SPLITS if n in splits and set(splits[n].unique("label")) - {None, -1}), None)
         if name is None:
-            raise UserError(f"it needs a split with labels called {' or '.join(TEST_SPLITS)}; it has {list(splits)}")
+            raise UserError(f"it needs a split {' or '.join(TEST_SPLITS)} that has labels; it has {list(splits)}")
         images, labels = decoded(source, name, shape), labels_of(source, name)
         names = site_names(source) if config.partitioner == "natural" else []
         sites = "\n".join(splits["train"]["site"][:]) if names else ""
@@ -82,7 +83,7 @@ def load_test_split(config: RunConfig) -> Split:
         training = digest_of(*parts, np.frombuffer(sites.encode(), np.uint8)) if parts else ""
         log.info("📖 Read %s: %s", config.dataset, summary(source, shape))
         if parts and (unseen := [source.class_names[label] for label in np.setdiff1d(labels, parts[1])]):
-            log.warning("No training images for these classes in %s, so they cannot be learned: %s", name, unseen[:10])
+            log.warning("Classes in split %s without training images, so they cannot be learned: %s", name, unseen[:10])
         return Split(torch.from_numpy(np.array(images)), torch.from_numpy(labels), source.class_names, training, names)
 
 
@@ -104,7 +105,7 @@ def load_folder(path: str, number: int, config: RunConfig, shape: tuple[int, int
         source = read(path, config.image_column, config.label_column, "", of_node=True)
         found = common_shape(source, config.image_size)
         if len(source.splits) > 1:
-            raise UserError(f"it has the splits {list(source.splits)}, and a node's images are in one; save only that")
+            raise UserError(f"it has the splits {list(source.splits)}, and needs one: save only the training images")
         (split,) = source.splits
         if shape and shape[0] < found[0]:
             log.info("The images of %s are RGB and the server's are grey: they are converted.", path)

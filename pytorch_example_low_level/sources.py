@@ -58,7 +58,8 @@ def read(name: str, image_column: str, label_column: str, site_column: str, *, o
     on_the_hub = not of_node and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?", name)
     if on_the_hub and folder.is_dir():
         raise UserError(
-            f"{name!r} may be on the Hub, and {Path.cwd()} has a folder of this name. Give its absolute path"
+            f"{name!r} may be on the Hub, and {Path.cwd()} has a folder of this name: rename it or give its "
+            "absolute path"
         )
     if folder.is_dir():
         files = files_below(folder)
@@ -130,7 +131,9 @@ def class_folders(folder: Path, files: list[Path], *, of_node: bool) -> Source:
         of_which = f", {len(odd)} of them outside a class folder or not an image" if odd else ""
         hint = ". Its folders are splits: give data-path the folder train" if of_node and nested else ""
         if no_splits:
-            hint = f". Splits are train, test, and one of validation, valid and val: not {[e.name for e in tops[:5]]}"
+            hint = (
+                f". Its folders must be train, test, validation (or valid, val); they are {[e.name for e in tops[:5]]}"
+            )
         raise UserError(
             f"{folder} has {len(files)} files{of_which}: {some}. Only images ({', '.join(sorted(SUFFIXES))}) "
             f"in folders named after their class are expected, such as {example}{hint}"
@@ -141,7 +144,8 @@ def class_folders(folder: Path, files: list[Path], *, of_node: bool) -> Source:
     if len(found) != len(set(found)):
         raise UserError(f"{folder} has two class folders whose names differ only in Unicode's normal form")
     if not of_node and not 1 < len(names) < len(files):
-        raise UserError(f"{folder} has {len(files)} images and {len(names)} classes: {names[:10]}")
+        expected = "expected: at least 2 classes, and more images than classes"
+        raise UserError(f"{folder} has {len(files)} images and {len(names)} classes ({names[:10]}); {expected}")
     splits = {}
     for split, root in roots.items():
         mine = [file for file in files if root in file.parents]
@@ -166,7 +170,9 @@ def load_saved(folder: Path, files: list[Path]) -> datasets.Dataset | datasets.D
 def refuse(folder: Path, others: list[Path]) -> None:
     """Raise UserError if there are other files beside the tables in a folder."""
     if others:
-        raise UserError(f"beside its tables, {folder} has files that would be left out: {[str(f) for f in others[:5]]}")
+        raise UserError(
+            f"beside its tables, {folder} has files that would be left out; remove them: {[str(f) for f in others[:5]]}"
+        )
 
 
 def load_tables(folder: Path, files: list[Path]) -> datasets.DatasetDict:
@@ -230,7 +236,7 @@ def with_columns(
         raise UserError(f"column {label!r} has classes whose names differ only in Unicode's normal form")
     numbers = {value: value if label in named else number for number, value in enumerate(values)}
     if label in plain and len(values) == total:
-        raise UserError(f"column {label!r} has as many values as there are images ({total}), so it cannot be the label")
+        raise UserError(f"column {label!r} has a value for each of {total} images, so it is no label; set label-column")
     result = {}
     for split, rows in splits.items():
         kept = rows.select_columns([image]).cast_column(image, datasets.Image(decode=False))

@@ -173,7 +173,7 @@ def test(net: nn.Module, data: Data, device: torch.device, batch_size: int = 500
     "loss" must be among them, and SCORE. Each further one is recorded like these, centrally and over the nodes.
     """
     if not len(data):
-        raise UserError("the split to evaluate on is empty")
+        raise UserError("the split to evaluate on is empty; a node needs at least 5 images")
     was_training = net.training
     net.to(device).eval()
     height, width = data.images.shape[-2:]

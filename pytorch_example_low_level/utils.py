@@ -1,6 +1,6 @@
 """The learning-rate schedule, the stopwatch, and the run directory: checkpoints, results.json, plot, W&B.
 
-Every file is replaced as a whole, so after a crash at any time it is complete, old or new.
+Every file but node_results.jsonl is replaced as a whole, so after a crash at any time it is complete, old or new.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def load_model(name: str, net: nn.Module) -> None:
     with explained("initial-model"):
         path = Path(name).expanduser().absolute()
     fresh = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    with explained(f"initial-model: {path} is not a state_dict of this model with data only"):
+    with explained(f"initial-model: {path} is not a state_dict of this model, or contains code"):
         net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     # A mask of -inf is part of the model: it is also in the one that was just made.
     faulty = [name for name, t in net.state_dict().items() if not (t.isfinite() | (t == fresh[name])).all()]
@@ -237,7 +237,7 @@ def lock(directory: Path) -> AbstractContextManager[object]:
 def load_state(directory: Path, state: ServerState) -> None:
     """Read the last checkpoint into `state`. Raises UserError when it belongs to a run with other settings."""
     path = directory / "checkpoints" / "last.pt"
-    with explained(f"resume-from: {path} is not a checkpoint of this app with data only"):
+    with explained(f"resume-from: {path} is not a checkpoint of this version of the app, or contains code"):
         last = ServerState(**torch.load(path, map_location="cpu", weights_only=True))
     then, now = last.identity, state.identity
     changed = [key for key in then | now if then.get(key) != now.get(key)]
@@ -336,7 +336,10 @@ class Recorder:
             fault = self.state.last_fault or "none"
             raise UserError(f"Nothing was learned: no round had a usable TRAIN reply. The last fault: {fault}")
         replace_file(self.directory / "final_model.pt", lambda file: torch.save(self.state.model, file))
-        log.info("This run is finished after round %s. For more, raise num-server-rounds.", self.state.server_round)
+        log.info(
+            "This run is finished after round %s. To continue it, set resume-from and raise num-server-rounds.",
+            self.state.server_round,
+        )
         self.finished = True
 
     def close(self) -> None:

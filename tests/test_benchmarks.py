@@ -148,7 +148,7 @@ def test_the_federated_figure_is_that_of_a_round_with_all_nodes(app, monkeypatch
 
 @pytest.fixture
 def small_round_time(superlink, short_sleeps, monkeypatch) -> None:
-    """The floor with few nodes, in threads; one start-up."""
+    """The floor with few nodes, in threads; one start-up; of --scale, what the targets need."""
 
     def measure_floor(setting: floor.Setting, rounds: int) -> list[float]:
         return floor.measure_floor(dataclasses.replace(setting, nodes=NODES, trained=2, asked=NODES), 2)
@@ -156,6 +156,7 @@ def small_round_time(superlink, short_sleeps, monkeypatch) -> None:
     monkeypatch.setattr(round_time, "LocalSuperLink", superlink)
     monkeypatch.setattr(round_time, "measure_floor", measure_floor)
     monkeypatch.setattr(round_time, "STARTS", 1)
+    monkeypatch.setattr(round_time, "SCALE", [round_time.SCALE[number] for number in (0, 2, -1)])
     monkeypatch.setattr(floor.multiprocessing, "get_context", lambda method: threading)
     monkeypatch.setattr(floor, "ProcessPoolExecutor", lambda n, context, *init: ThreadPoolExecutor(n, "", *init))
 

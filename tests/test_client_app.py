@@ -139,7 +139,9 @@ def test_work_that_nobody_waits_for_is_not_begun(settings, message_type, monkeyp
     for function in ("train", "test"):
         monkeypatch.setattr(task, function, lambda *args, **kwargs: pytest.fail("it was begun"))
     content = instructions(task.Net(1, 10), server_round=1, lr=0.1, deadline=time.time() - 0.01)
-    assert ask(settings, message_type, content).error.reason == "the deadline passed before the message was handled"
+    assert ask(settings, message_type, content).error.reason.startswith(
+        "the deadline passed before the message was handled"
+    )
 
 
 def test_training_ends_at_the_deadline(settings, monkeypatch):
@@ -420,7 +422,9 @@ def test_a_node_with_other_frozen_parameters_says_so(settings, monkeypatch, mess
         content["arrays"] = to_array_record(sent)
         reply = ask(settings, message_type, content)
         assert reply.has_content() == right
-    assert reply.error.reason.startswith("make_model has other frozen parameters here than at the server: [")
+    assert reply.error.reason.startswith(
+        "make_model creates other frozen parameters here (another file of weights?): ["
+    )
 
 
 def test_metrics_of_all_kinds_of_numbers_reach_the_server(settings, monkeypatch):

@@ -248,7 +248,10 @@ def test_partitions_are_written_for_each_node(tmp_path, tiny_dataset, monkeypatc
     assert json.loads((tmp_path / "parts" / "partitions.json").read_text()) == settings | {"num-partitions": 3}
     assert settings_of(tmp_path / "parts", 3) == settings
     for nodes, odd in ((2, "node-2"), (4, "node-3")):
-        with pytest.raises(UserError, match=rf"parts has 3 folders of nodes, and {nodes} nodes need .* \(see {odd}\)"):
+        with pytest.raises(
+            UserError,
+            match=rf"parts has 3 folders of nodes, and {nodes} nodes need .* \(differing: {odd}\)",
+        ):
             Federation(tmp_path / "state", nodes, tmp_path / "parts")
     assert not (tmp_path / "state").exists()
 

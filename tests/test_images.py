@@ -228,7 +228,7 @@ def data_set(root: Path, *more: str) -> Path:
 def test_classes_without_training_images_are_named(tmp_path, caplog):
     names = ["train/cat/1.png", "train/cat/2.png", "train/dog/3.png", "test/cats/4.png", "test/dog/5.png"]
     assert server(fill(tmp_path, *names)).class_names == ["cat", "cats", "dog"]
-    assert caplog.messages[-1] == "No training images for these classes in test, so they cannot be learned: ['cats']"
+    assert caplog.messages[-1] == "Classes in split test without training images, so they cannot be learned: ['cats']"
 
 
 @pytest.mark.parametrize("names", [("Train", "TEST"), ("train", "val"), ("train", "valid"), ("TRAIN", "Validation")])
@@ -266,15 +266,18 @@ def test_a_class_called_test_stays_in_its_split(tmp_path):
     ("names", "said"),
     [
         (["train/1.png", "train/2.png", "test/3.png"], "3 of them outside a class folder or not an image"),
-        (["train/a/1.png", "test/a/2.png"], "2 images and 1 classes"),
-        (["train/a/1.png", "test/b/2.png"], "2 images and 2 classes"),
+        (["train/a/1.png", "test/a/2.png"], "2 images and 1 classes .*; expected: at least 2 classes"),
+        (["train/a/1.png", "test/b/2.png"], "2 images and 2 classes .*, and more images than classes"),
         (["train/a/1.png", "train/b/2.png", "train/overview.png", "test/a/3.png"], r"\['train/overview.png'\]"),
         (
             ["train/a/1.png", "train/b/2.png", "other/a/3.png"],
-            r"Only images .* such as train/<class>/1\.png .* Splits are .*: not \['other', ",
+            r"Only images .* such as train/<class>/1\.png .* Its folders must be .*; they are \['other', ",
         ),
-        (["cat/1.png", "dog/2.png", "dog/3.png"], r"Splits are train, test, .*: not \['cat', 'dog'\]"),
-        (["train/a/1.png", "train/b/2.png", "valid/a/3.png", "val/a/4.png"], "one of validation, valid and val"),
+        (["cat/1.png", "dog/2.png", "dog/3.png"], r"must be train, test, .*; they are \['cat', 'dog'\]"),
+        (
+            ["train/a/1.png", "train/b/2.png", "valid/a/3.png", "val/a/4.png"],
+            r"must be train, test, validation \(or valid, val\); they are .*'valid'",
+        ),
     ],
 )
 def test_a_data_set_that_cannot_be_read_is_one_error(tmp_path, names, said):
@@ -336,7 +339,7 @@ GOOD_LABEL = {"label": (LABEL, [0, 1])}
         ({"a": (TEXT, ["x", "x"]), "b": (NUMBER, [1, 1])}, "", r"set it to one of \['a', 'b'\]"),
         ({"mask": (IMAGE, grey(1, 2)), **GOOD_LABEL}, "", r"set it to one of \['photo', 'mask'\]"),
         ({"label": (datasets.Value("float64"), [0.0, 1.0])}, "", r"no column has the type that it needs.*float64"),
-        ({"file": (TEXT, ["1.png", "2.png"])}, "", "column 'file' has as many values as there are images"),
+        ({"file": (TEXT, ["1.png", "2.png"])}, "", "column 'file' has a value for each of "),
         ({}, "", r"no column has the type that it needs"),
         (GOOD_LABEL, "image_column", r"image-column is 'foo'; set it to one of \['photo'\]\. The columns are"),
         (GOOD_LABEL, "label_column", r"label-column is 'foo'; set it to one of \['label'\]\. The columns are"),
@@ -400,7 +403,7 @@ def test_a_saved_data_set_with_files_that_would_be_left_out(tmp_path):
         else:
             (folder / more).parent.mkdir(exist_ok=True)
             (folder / more).touch()
-        with pytest.raises(UserError, match=rf"would be left out: \['.*{more}"):
+        with pytest.raises(UserError, match=rf"would be left out; remove them: \['.*{more}"):
             server(folder)
         shutil.rmtree(folder / more) if more == "validation" else (folder / more).unlink()
 
@@ -411,14 +414,16 @@ def test_tables_with_files_that_would_be_left_out(tmp_path, tiny_dataset):
     more = [tmp_path / "data" / f"more-{number}.parquet" for number in range(6)]
     for path in more:
         shutil.copy(tmp_path / "data" / "data" / "train.parquet", path)
-    with pytest.raises(UserError, match=r"files that would be left out: \['.*more-\d\.parquet'\]") as error:
+    with pytest.raises(
+        UserError, match=r"files that would be left out; remove them: \['.*more-\d\.parquet'\]"
+    ) as error:
         sources.read.cache_clear()
         server(tmp_path / "data")
     assert str(error.value).count("more-") == 5
     for path in more:
         path.unlink()
     draw(tmp_path / "data" / "a" / "1.png")
-    with pytest.raises(UserError, match=r"files that would be left out: \['.*1\.png'\]"):
+    with pytest.raises(UserError, match=r"files that would be left out; remove them: \['.*1\.png'\]"):
         sources.read.cache_clear()
         server(tmp_path / "data")
     shutil.copytree(tiny_dataset, tmp_path / "[v2] set")
@@ -447,7 +452,7 @@ def test_a_missing_split_is_named_with_those_there_are(tmp_path, tiny_dataset):
     rows = datasets.load_dataset(tiny_dataset, split="test")
     datasets.DatasetDict({"train": rows}).save_to_disk(tmp_path / "a")
     datasets.DatasetDict({"test": rows}).save_to_disk(tmp_path / "b")
-    with pytest.raises(UserError, match=r"it needs a split with labels called test or .*; it has \['train'\]"):
+    with pytest.raises(UserError, match=r"it needs a split test or .* that has labels; it has \['train'\]"):
         server(tmp_path / "a")
     with pytest.raises(UserError, match=r"no split train; the splits are \['test'\]"):
         load(tmp_path / "b")
@@ -469,7 +474,9 @@ def test_a_nodes_own_folder_is_split_like_a_partition(tmp_path, tiny_dataset):
     other = node(tmp_path / "files", 3)
     assert all(torch.equal(first[part].images, other[part].images) for part in first)
     datasets.DatasetDict(test=rows.select([0]), train=rows).save_to_disk(tmp_path / "both")
-    with pytest.raises(UserError, match=r"it has the splits \['test', 'train'\], and a node's images are in one"):
+    with pytest.raises(
+        UserError, match=r"it has the splits \['test', 'train'\], and needs one: save only the training images"
+    ):
         node(tmp_path / "both", 3)
 
 
@@ -848,7 +855,7 @@ def test_a_class_that_the_server_does_not_know_names_both():
     black = images.Split(torch.zeros(2, 1, 28, 28, dtype=torch.uint8), torch.tensor([0, 1]), BINARY)
     with pytest.raises(UserError) as error:
         black.numbered_as(["dog", "cow"])
-    for words in ("['cat', 'dog']", "['dog', 'cow']", "['cat'] is not among them", "rows.cast_column('label'"):
+    for words in ("['cat', 'dog']", "['dog', 'cow']", "not among them: ['cat']", "rows.cast_column('label'"):
         assert words in str(error.value)
 
 

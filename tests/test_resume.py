@@ -145,7 +145,10 @@ def test_a_finished_run_says_so_and_makes_up_for_what_is_missing_even_after_a_cr
             break
     assert write >= 6
     assert "📂 Resuming after round 2" in caplog.messages
-    assert "This run is finished after round 2. For more, raise num-server-rounds." in caplog.messages
+    assert (
+        "This run is finished after round 2. To continue it, set resume-from and raise num-server-rounds."
+        in caplog.messages
+    )
 
 
 def test_more_rounds_than_were_first_asked_for(app, whole):
@@ -284,6 +287,6 @@ def test_what_cannot_be_resumed_is_one_clear_error(app, tmp_path):
     (tmp_path / "other" / "checkpoints").mkdir(parents=True)
     for content in ({"w": torch.ones(2)}, [1], 7, {"identity": {}, "model": {}, "colour": "blue"}):
         torch.save(content, tmp_path / "other" / "checkpoints" / "last.pt")
-        with pytest.raises(UserError, match="not a checkpoint of this app"):
+        with pytest.raises(UserError, match="not a checkpoint of this version of the app"):
             app.run(resume_from=str(tmp_path / "other"))
     assert {path.name for path in (tmp_path / "other").iterdir()} == {"checkpoints", ".lock"}

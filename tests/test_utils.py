@@ -155,10 +155,12 @@ def test_a_checkpoint_with_code_in_it_and_what_is_none_are_refused(tmp_path, con
     else:
         torch.save({"w": content}, path)
     said = "Weights only load failed" if isinstance(content, Evil) else "."
-    with pytest.raises(UserError, match=rf"last\.pt is not a checkpoint of this app with data only: {said}") as error:
+    with pytest.raises(
+        UserError, match=rf"last\.pt is not a checkpoint of this version of the app, or contains code: {said}"
+    ) as error:
         utils.load_state(tmp_path, utils.ServerState({}, {}))
     assert len(str(error.value).splitlines()) == 1
-    with pytest.raises(UserError, match=rf"last\.pt is not a state_dict of this model with data only: {said}"):
+    with pytest.raises(UserError, match=rf"last\.pt is not a state_dict of this model, or contains code: {said}"):
         utils.load_model(str(path), nn.Linear(1, 1))
     assert not Path("/tmp/pwned").exists()
 
@@ -320,10 +322,10 @@ def test_a_run_starts_from_the_model_that_it_is_given(app, quick_plot, tmp_path,
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ({"w": torch.ones(2)}, "is not a state_dict of this model with data only: .*Missing key"),
+        ({"w": torch.ones(2)}, "is not a state_dict of this model, or contains code: .*Missing key"),
         (nn.Linear(3, 2).state_dict() | {"weight": torch.ones(5, 5)}, "size mismatch for weight: .*5, 5.*2, 3"),
         ([1, 2], "is not a state_dict of this model"),
-        (None, "is not a state_dict of this model with data only: .*No such file"),
+        (None, "is not a state_dict of this model, or contains code: .*No such file"),
         (nn.Linear(3, 2).state_dict() | {"bias": torch.tensor([0.0, torch.nan])}, r"not finite, in \['bias'\]"),
         (nn.Linear(3, 2).state_dict() | {"weight": torch.full((2, 3), -torch.inf)}, r"not finite, in \['weight'\]"),
     ],
