@@ -71,7 +71,7 @@ def check_code(server: object) -> None:
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Timeout = Annotated[float, Field(gt=0, le=86_400)]  # seconds; more than a day is probably a typing error
-PathOrEmpty = Annotated[str, Field(pattern=r"^[^\x00]*$")]
+PathOrEmpty = Annotated[str, Field(pattern=r"^[^\x00]*$", description='a path, or ""')]
 
 # These keys control how a run is carried out, not what it computes, so they may differ when it is resumed.
 OPERATIONAL = {
@@ -118,7 +118,7 @@ class RunConfig(BaseModel):
     opt_in_probability: Annotated[float, Field(ge=0, le=1)]
     query_max_delay: Annotated[float, Field(ge=0, le=86_400)]
 
-    dataset: Annotated[str, Field(min_length=1, pattern=r"\S")]
+    dataset: Annotated[str, Field(pattern=r"\S", description="a name or a path")]
     image_column: str
     label_column: str
     image_size: Annotated[int, Field(ge=0, le=512)]
@@ -127,13 +127,19 @@ class RunConfig(BaseModel):
     partition_column: str
     classes_per_node: Count
 
-    server_device: Annotated[str, Field(pattern=r"^[a-z]+(:\d{1,3})?$")]
+    server_device: Annotated[str, Field(pattern=r"^[a-z]+(:\d{1,3})?$", description="a device: auto, cpu, cuda:1, ...")]
     seed: Annotated[int, Field(ge=0, lt=2**63)]
-    output_dir: Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*[^\x00\s][^\x00]*$")]
+    output_dir: Annotated[str, Field(pattern=r"^[^\x00]*[^\x00\s][^\x00]*$", description="a path")]
     resume_from: PathOrEmpty
     initial_model: PathOrEmpty
     use_wandb: bool
-    wandb_project: Annotated[str, Field(pattern=r"^[^/\\#?%:\s]{1,128}$")]
+    wandb_project: Annotated[
+        str,
+        Field(
+            pattern=r"^[^/\\#?%:\s]{1,128}$",
+            description="a name of 1 to 128 characters, without spaces and / \\ # ? % :",
+        ),
+    ]
 
     @field_validator("min_train_nodes")
     @classmethod
@@ -169,10 +175,13 @@ class RunConfig(BaseModel):
         try:
             return cls.model_validate(dict(context.run_config))
         except ValidationError as error:
-            faults = [
-                f"  - {fault['loc'][0]}: {fault['msg']}" + f"; it is {fault['input']!r}" * (fault["type"] != "missing")
-                for fault in error.errors()
-            ]
+            faults = []
+            for fault in error.errors():
+                key, said = str(fault["loc"][0]), fault["msg"].removeprefix("Value error, ")
+                field = cls.model_fields.get(key.replace("-", "_"))
+                if fault["type"] == "string_pattern_mismatch" and field and field.description:
+                    said = f"Input should be {field.description}"  # a regular expression says little
+                faults.append(f"  - {key}: {said}" + f"; it is {fault['input']!r}" * (fault["type"] != "missing"))
             # The path shows whether another copy of the app is running.
             raise UserError("\n".join([f"Wrong run configuration (checked in {__file__}):", *faults])) from None
 
