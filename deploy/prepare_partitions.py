@@ -22,7 +22,7 @@ from flwr.app import Context, RecordDict
 from deploy.cli import PARTITIONS, PROJECT, interrupt_on_signals, raise_if_interrupted
 from pytorch_example_low_level.config import RunConfig, UserError, explained
 from pytorch_example_low_level.images import opened, partitions, rows_of_partition
-from pytorch_example_low_level.sources import ALLOWED, BUNDLED
+from pytorch_example_low_level.sources import BUNDLED
 
 
 def main() -> None:
@@ -62,7 +62,7 @@ def write_partitions(out: Path, nodes: int, dataset: str, partitioner: str, alph
         if out.exists():
             raise UserError("it exists")
         out.parent.mkdir(parents=True, exist_ok=True)
-    with explained(f"Cannot use dataset {dataset!r} for {nodes} nodes", ALLOWED):
+    with explained(f"Cannot use dataset {dataset!r} for {nodes} nodes"):
         rows = [rows_of_partition(config, nodes, index) for index in range(nodes)]
         source, _ = opened(config)
         features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=source.class_names)}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pytorch_example_low_level.config import Purpose, RunConfig, UserError, explained, log, random_stream
 from pytorch_example_low_level.pixels import common_shape, decoded, digest_of
-from pytorch_example_low_level.sources import ALLOWED, Source, labels_of, read
+from pytorch_example_low_level.sources import Source, labels_of, read
 
 if TYPE_CHECKING:
     from flwr_datasets.partitioner import Partitioner
@@ -70,7 +70,7 @@ class Split:
 
 def load_test_split(config: RunConfig) -> Split:
     """Load the images for the central evaluation, and log what the data set holds. Raises UserError."""
-    with explained(f"Cannot use dataset {config.dataset!r}", ALLOWED):
+    with explained(f"Cannot use dataset {config.dataset!r}"):
         source, shape = opened(config)
         splits = source.splits
         name = next((n for n in TEST_SPLITS if n in splits and set(splits[n].unique("label")) - {None, -1}), None)
@@ -89,7 +89,7 @@ def load_test_split(config: RunConfig) -> Split:
 
 def load_partition(number: int, num_partitions: int, config: RunConfig) -> dict[str, Split]:
     """Load the "train" (80 %) and the "validation" (20 %) part of one partition of a data set. Raises UserError."""
-    with explained(f"Cannot use dataset {config.dataset!r} for {num_partitions} nodes", ALLOWED):
+    with explained(f"Cannot use dataset {config.dataset!r} for {num_partitions} nodes"):
         source, shape = opened(config)
         rows = rows_of_partition(config, num_partitions, number)
         return train_and_validation(decoded(source, "train", shape), source, "train", rows, config.seed, number)

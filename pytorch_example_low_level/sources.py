@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pytorch_example_low_level.config import UserError, log
+from pytorch_example_low_level.config import UserError, explained, log
 
 if TYPE_CHECKING:
     import datasets
@@ -71,11 +71,12 @@ def read(name: str, image_column: str, label_column: str, site_column: str, *, o
             raise UserError(f"{folder} has no tables, so it has no partition-column, which partitioner='natural' needs")
         else:
             return class_folders(folder, files, of_node=of_node)
-    elif not on_the_hub:
-        raise UserError(f"there is no folder {folder.absolute()}")
-    else:
+    elif on_the_hub:
         kind, (hub, *configuration) = "on the Hub", name.split(":")
-        loaded = datasets.load_dataset(hub, *configuration)
+        with explained("it cannot be loaded from the Hub", ALLOWED):
+            loaded = datasets.load_dataset(hub, *configuration)
+    else:
+        raise UserError(f"there is no folder {folder.absolute()}{'' if of_node else ALLOWED}")
     splits = dict(loaded) if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}
     return with_columns(kind, splits, image_column, label_column, site_column)
 

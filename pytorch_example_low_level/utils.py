@@ -243,7 +243,7 @@ def load_state(directory: Path, state: ServerState) -> None:
     changed = [key for key in then | now if then.get(key) != now.get(key)]
     if changed:
         what = f"resume-from: the run in {directory} had other settings. Use the same ones again:"
-        lines = [f"  - {key}: {then.get(key, 'nothing')!r} then, {now.get(key, 'nothing')!r} now" for key in changed]
+        lines = [f"  - {key}: {then.get(key)!r} then, {now.get(key)!r} now" for key in changed]
         if "data" in changed:
             lines.append("  data is a digest of what dataset holds, so check dataset first.")
         raise UserError("\n".join([what, *lines]))

@@ -274,7 +274,10 @@ def test_the_record_names_a_data_set_so_that_the_server_finds_it(typed, tiny_dat
     ("options", "said"),
     [
         (["--alpha", "0"], "dirichlet-alpha: Input should be greater than or equal to 0.001; it is 0.0"),
-        (["--dataset", "an/unknown-name"], "Cannot use dataset 'an/unknown-name' for 3 nodes: Couldn't reach"),
+        (
+            ["--dataset", "an/unknown-name"],
+            "Cannot use dataset 'an/unknown-name' for 3 nodes: it cannot be loaded from the Hub: Couldn't reach",
+        ),
         (["--nodes", "100"], "120 training images are too few for 100 nodes"),
         (["--out", "file/parts"], "Cannot write file/parts: .* -- Allowed: a new folder"),
         (["--out", "file"], "Cannot write file: it exists -- Allowed: a new folder"),

@@ -243,10 +243,10 @@ def test_another_model_is_refused(app, monkeypatch):
     with pytest.raises(UserError) as error:
         app.run(num_server_rounds=2, resume_from=str(directory))
     assert [line.strip() for line in str(error.value).splitlines()[1:]] == [
-        "- model: conv1.bias: 'torch.float32 (16,)' then, 'nothing' now",
+        "- model: conv1.bias: 'torch.float32 (16,)' then, None now",
         "- model: fc2.weight: 'torch.float32 (10, 128)' then, 'torch.float32 (12, 128)' now",
         "- model: fc2.bias: 'torch.float32 (10,)' then, 'torch.float32 (12,)' now",
-        "- model: more: 'nothing' then, 'torch.float32 (2,)' now",
+        "- model: more: None then, 'torch.float32 (2,)' now",
     ]
 
 
