@@ -131,10 +131,9 @@ def class_folders(folder: Path, files: list[Path], *, of_node: bool) -> Source:
         some = [file.relative_to(folder).as_posix() for file in (odd or files)[:5]]
         of_which = f", {len(odd)} of them outside a class folder or not an image" if odd else ""
         hint = ". Its folders are splits: give data-path the folder train" if of_node and nested else ""
-        if no_splits:
-            hint = (
-                f". Its folders must be train, test, validation (or valid, val); they are {[e.name for e in tops[:5]]}"
-            )
+        folders = [entry.name for entry in tops if entry.is_dir()]
+        if not of_node and ({name.lower() for name in folders} - SPLITS.keys() or len(roots) != len(tops)):
+            hint = f". Its folders must be train, test, validation (or valid, val); they are {folders[:5]}"
         raise UserError(
             f"{folder} has {len(files)} files{of_which}: {some}. Only images ({', '.join(sorted(SUFFIXES))}) "
             f"in folders named after their class are expected, such as {example}{hint}"

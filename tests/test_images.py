@@ -266,6 +266,10 @@ def test_a_class_called_test_stays_in_its_split(tmp_path):
     ("names", "said"),
     [
         (["train/1.png", "train/2.png", "test/3.png"], "3 of them outside a class folder or not an image"),
+        (
+            ["train/a/1.png", "train/b/2.png", "test/a/3.png", "overview.png"],
+            r"\['overview.png'\].* and test/<class>/2\.png$",
+        ),
         (["train/a/1.png", "test/a/2.png"], "2 images and 1 classes .*; expected: at least 2 classes"),
         (["train/a/1.png", "test/b/2.png"], "2 images and 2 classes .*, and more images than classes"),
         (["train/a/1.png", "train/b/2.png", "train/overview.png", "test/a/3.png"], r"\['train/overview.png'\]"),
