@@ -220,21 +220,22 @@ def compare(
     def title(variant: Variant, seed: int) -> str:
         return ", ".join(filter(None, (name, variant.line, variant.column, f"seed {seed}")))
 
-    def key(variant: Variant, seed: int) -> str:
-        return f"{title(variant, seed)} ({origin(experiment, variant)})"
-
     found: dict[str, Rows] = json.loads(out.read_text()) if out and out.exists() else {}
     runs = [(variant, seed) for seed in range(seeds) for variant in experiment.variants]
-    missing, began = [run for run in runs if key(*run) not in found], time.monotonic()
-    for count, (variant, seed) in enumerate(missing, start=1):
-        rows = found[key(variant, seed)] = measure(experiment, variant, seed)
+    # Determined once, because a file may be edited while the runs go on.
+    keys = [f"{title(variant, seed)} ({origin(experiment, variant)})" for variant, seed in runs]
+    missing, began = [run for run in zip(keys, runs, strict=True) if run[0] not in found], time.monotonic()
+    for count, (key, (variant, seed)) in enumerate(missing, start=1):
+        rows = found[key] = measure(experiment, variant, seed)
         if out:
             replace_json(out, found)
         left = timedelta(seconds=round((time.monotonic() - began) / count * (len(missing) - count)))
         figure = experiment.figures[0]
         value = FIGURES[figure][1](rows)
         print(f"{count}/{len(missing)} {title(variant, seed)}: {figure} {value:.3f}; about {left} left", flush=True)
-    by_place = {(v.line, v.column): [found[key(v, seed)] for seed in range(seeds)] for v in experiment.variants}
+    by_place: dict[tuple[str, str], list[Rows]] = {}
+    for key, (variant, _) in zip(keys, runs, strict=True):
+        by_place.setdefault((variant.line, variant.column), []).append(found[key])
     print(f"\n{table(experiment, by_place)}")
     return by_place
 
