@@ -134,7 +134,7 @@ def test_all_faults_come_together_and_nothing_is_written(tmp_path):
 VALUES = st.one_of(st.integers(), st.floats(), st.booleans(), st.text(max_size=20))
 
 
-@settings(max_examples=50, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
 @given(st.dictionaries(st.sampled_from([*DEFAULTS, "unknown-key"]), VALUES))
 def test_any_values_give_a_configuration_or_one_error(overrides):
     try:
