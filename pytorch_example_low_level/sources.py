@@ -125,8 +125,7 @@ def class_folders(folder: Path, files: list[Path], *, of_node: bool) -> Source:
     odd = [f for f in files if f.suffix.lower() not in SUFFIXES or len(f.relative_to(folder).parts) < depth]
     roots = {"train": folder} if of_node else {SPLITS.get(entry.name.lower(), ""): entry for entry in tops}
     nested = are_splits and all(len(file.relative_to(folder).parts) > depth for file in files)
-    no_splits = not of_node and (not are_splits or len(roots) != len(tops))
-    if not files or odd or (of_node and nested) or no_splits:
+    if not files or odd or (nested if of_node else not are_splits or len(roots) != len(tops)):
         example = "<class>/1.png" if of_node else "train/<class>/1.png and test/<class>/2.png"
         some = [file.relative_to(folder).as_posix() for file in (odd or files)[:5]]
         of_which = f", {len(odd)} of them outside a class folder or not an image" if odd else ""
